@@ -1,0 +1,47 @@
+"""motte runs a PyTorch model in sealed parts that open only inside a trusted process.
+
+    capture -> plan -> split -> seal -> provision -> run
+
+>>> import motte
+>>> with motte.load("model.motte", keys="me.key", signer="owner.pub") as model:   # doctest: +SKIP
+...     y = model(x)
+
+Everything is loaded when first used: ``import motte`` loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if sys.platform != "linux":
+    raise ImportError(
+        f"motte runs on Linux only: memory locking, process hardening and enclaves need it (here: {sys.platform})"
+    )
+
+if TYPE_CHECKING:
+    from motte.capture.export import capture as capture_model
+    from motte.errors import MotteError
+    from motte.run.model import LoadSettings, Model, load
+    from motte.seal.package import seal_model
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "capture_model": ("motte.capture.export", "capture"),
+    "seal_model": ("motte.seal.package", "seal_model"),
+    "load": ("motte.run.model", "load"),
+    "LoadSettings": ("motte.run.model", "LoadSettings"),
+    "Model": ("motte.run.model", "Model"),
+    "MotteError": ("motte.errors", "MotteError"),
+}
+
+__all__ = ["LoadSettings", "Model", "MotteError", "__version__", "capture_model", "load", "seal_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'motte' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,1 @@
+"""What runs graphs: one interface (``interface``), one file an engine (``torch_engine``)."""

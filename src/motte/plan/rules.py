@@ -1,0 +1,141 @@
+"""The rules that a plan keeps, one function each, all run before anything uses a plan.
+
+The numbers are those of docs/spec/plan.md. Every refusal shows the plan's text with the bad line marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+
+from motte.capture.graph import Graph
+from motte.capture.text import digest
+from motte.errors import PlanError
+from motte.limits import MAX_PARTS
+from motte.plan.plan import OBJECTIVES, Plan
+from motte.plan.text import marked
+from motte.plan.tile import apply_tiles, check_tile
+
+_GRAPH_LINE, _OBJECTIVE_LINE, _FIRST_DIM_LINE = 2, 3, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """One broken rule: the line of the plan's text (from 1) and what is wrong with it."""
+
+    line: int
+    problem: str
+    expected: str | None = None
+    got: str | None = None
+
+
+def check_plan(plan: Plan, graph: Graph) -> None:
+    """Run every rule on a plan for the captured (untiled) ``graph``.
+
+    Raises:
+        PlanError: the first broken rule, its number in ``where``; ``hint`` is the plan's text with the line marked.
+    """
+    for number, rule in RULES.items():
+        for flaw in rule(plan, graph):
+            raise PlanError(
+                flaw.problem,
+                where=f"plan line {flaw.line}, rule {number}",
+                expected=flaw.expected,
+                got=flaw.got,
+                hint="the plan, with the bad line marked:\n" + marked(plan, flaw.line, flaw.problem),
+            )
+
+
+def digest_matches(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-1: the plan was made for this graph."""
+    found = digest(graph)
+    if plan.graph_digest != found:
+        yield Flaw(_GRAPH_LINE, "the plan was made for another graph", found, plan.graph_digest)
+
+
+def objective_known(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-2: the objective is one that exists."""
+    if plan.objective not in OBJECTIVES:
+        yield Flaw(_OBJECTIVE_LINE, "unknown objective", " or ".join(OBJECTIVES), plan.objective)
+
+
+def dims_in_range(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-3: every dimension of the graph has one value in its range, in the graph's order, and no other has one."""
+    stated = [name for name, _ in plan.dims]
+    known = [dim.name for dim in graph.dims]
+    if stated != known:
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(stated, known, strict=False)))
+        line = _OBJECTIVE_LINE + min(same + 1, len(stated))
+        yield Flaw(line, "other dimensions than the graph's", ", ".join(known) or "none", ", ".join(stated) or "none")
+        return
+    for index, (dim, (_, size)) in enumerate(zip(graph.dims, plan.dims, strict=True)):
+        if not dim.low <= size <= dim.high:
+            yield Flaw(
+                _FIRST_DIM_LINE + index, "a dimension is out of its range", f"{dim.low} to {dim.high}", str(size)
+            )
+
+
+def tiles_legal(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-4: every tiled node exists, is named once, in graph order, and can be tiled that many times."""
+    position = {node.name: index for index, node in enumerate(graph.nodes)}
+    last = -1
+    for index, tile in enumerate(plan.tiles):
+        line = _FIRST_DIM_LINE + len(plan.dims) + index
+        if tile.node not in position:
+            yield Flaw(line, "no such node to tile", got=tile.node)
+            return
+        if position[tile.node] <= last:
+            yield Flaw(line, "tiles are not in graph order, or a node is tiled twice", got=tile.node)
+        last = position[tile.node]
+        try:
+            check_tile(graph, graph.nodes[last], tile.count)
+        except PlanError as problem:
+            yield Flaw(line, problem.message, problem.expected, problem.got)
+
+
+def parts_in_bounds(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-5: no more parts than ``MAX_PARTS``."""
+    if plan.parts > MAX_PARTS:
+        yield Flaw(_first_cut_line(plan) + MAX_PARTS - 1, "too many parts", f"at most {MAX_PARTS}", str(plan.parts))
+
+
+def cuts_exist(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-6: every cut names a node of the tiled graph."""
+    names = {node.name for node in apply_tiles(graph, plan.tiles).nodes}
+    for index, name in enumerate(plan.cut_after):
+        if name not in names:
+            yield Flaw(_first_cut_line(plan) + index, "no such node to cut after", got=name)
+
+
+def cuts_in_order(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-7: every cut lies after the one before it; so no part but the last can be empty."""
+    position = {node.name: index for index, node in enumerate(apply_tiles(graph, plan.tiles).nodes)}
+    last = -1
+    for index, name in enumerate(plan.cut_after):
+        if position[name] <= last:
+            yield Flaw(_first_cut_line(plan) + index, "cuts are not in graph order, or two are in one place", got=name)
+        last = position[name]
+
+
+def last_part_not_empty(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-8: something is left after the last cut."""
+    if plan.cut_after and plan.cut_after[-1] == apply_tiles(graph, plan.tiles).nodes[-1].name:
+        yield Flaw(_first_cut_line(plan) + len(plan.cut_after) - 1, "nothing is left for the last part")
+
+
+def _first_cut_line(plan: Plan) -> int:
+    return _FIRST_DIM_LINE + len(plan.dims) + len(plan.tiles)
+
+
+RULES: dict[str, Callable[[Plan, Graph], Iterator[Flaw]]] = {
+    "P-1": digest_matches,
+    "P-2": objective_known,
+    "P-3": dims_in_range,
+    "P-4": tiles_legal,
+    "P-5": parts_in_bounds,
+    "P-6": cuts_exist,
+    "P-7": cuts_in_order,
+    "P-8": last_part_not_empty,
+}
+"""In the order in which they run: a later rule may rely on the earlier ones."""

@@ -1,0 +1,1 @@
+"""Graph + Plan -> Parts: ``split`` cuts, ``chain`` runs, ``oracle`` proves that parts(x) equals model(x)."""

@@ -1,0 +1,218 @@
+"""The ``process`` kind: the worker as a separate process on this machine, with its own memory and thread count.
+
+It is a *simulation* of an enclave: other users and crashes are kept out of its memory, the administrator is not. Every
+start says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from motte.errors import FrameError, LinkError, PeerStalled, UnsupportedError, WorkerDied, WorkerStalled
+from motte.link.frames import Frame, Kind
+from motte.link.local import Link, Recorder
+from motte.strict_json import Fields
+
+SIMULATED = "SIMULATED: no hardware protection"
+_LOG = logging.getLogger("motte")
+_EXIT_WAIT_S = 5.0
+_STDERR_TAIL_BYTES = 2000
+_PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+"""All that the worker sees of our environment: what Python needs to find itself, and nothing that tunes a library."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a worker says of itself before it has keys. **Unverified**: the ``process`` kind has no evidence."""
+
+    public_key: bytes
+    pid: int
+    engine: str
+    engine_version: str
+    threads: int
+    simulated: bool
+    dumpable: bool
+    seconds: Mapping[str, float]
+
+    @staticmethod
+    def read(meta: Mapping[str, Any]) -> Hello:
+        """Raises: FrameError: a missing, unknown or ill-typed field, or another protocol."""
+        fields = Fields(dict(meta), where="HELLO", error=FrameError)
+        fields.integer("protocol", low=1, high=1)
+        fields.choice("enclave", ("process",))
+        seconds = fields.fields("seconds")
+        hello = Hello(
+            public_key=fields.hexadecimal("public_key", length_bytes=32),
+            pid=fields.integer("pid", low=1, high=1 << 31),
+            engine=fields.text("engine", max_bytes=64),
+            engine_version=fields.text("engine_version", max_bytes=64),
+            threads=fields.integer("threads", low=1, high=4096),
+            simulated=fields.boolean("simulated"),
+            dumpable=fields.boolean("dumpable"),
+            seconds={name: seconds.number(name) for name in ("import_engine", "import_worker")},
+        )
+        seconds.done()
+        fields.done()
+        return hello
+
+
+class WorkerProcess:
+    """A started worker and our end of its link.
+
+    Args:
+        threads: compute threads of the worker; ours are not changed.
+        engine: name of the engine that it loads.
+        start_timeout_s: time from spawn to its first frame.
+        recorder: sees every frame, as the host could.
+
+    Raises:
+        UnsupportedError: not on Linux.
+        WorkerDied, WorkerStalled: it did not come up.
+    """
+
+    def __init__(
+        self, *, threads: int, engine: str = "torch", start_timeout_s: float = 120.0, recorder: Recorder | None = None
+    ) -> None:
+        if sys.platform != "linux":
+            raise UnsupportedError("the trusted worker runs on Linux only", got=sys.platform)
+        _LOG.warning("%s (enclave kind: process)", SIMULATED)
+        began = time.perf_counter()
+        ours, theirs = socket.socketpair()
+        # A memfd: what a dying worker wrote can be shown, nothing reaches a disk, and a full pipe cannot block it.
+        self._stderr = os.memfd_create("motte-worker-stderr")
+        with theirs:
+            options = ["--fd", str(theirs.fileno()), "--threads", str(threads), "--engine", engine]
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "motte.trusted", *options],
+                stdin=subprocess.DEVNULL,
+                stdout=self._stderr,
+                stderr=self._stderr,
+                pass_fds=(theirs.fileno(),),
+                env=_environment(threads),
+                start_new_session=True,
+            )
+        self.link = Link(ours, peer=f"worker {self._process.pid}", recorder=recorder)
+        self._ended: str | None = None
+        frame = self.receive(timeout_s=start_timeout_s)
+        if frame.kind is not Kind.HELLO:
+            self.kill()
+            raise FrameError("frame in the wrong state", expected="HELLO", got=frame.kind.name)
+        self.hello = Hello.read(frame.meta)
+        self.start_s = time.perf_counter() - began
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs, as far as we have been told."""
+        return self._ended is None and self._process.poll() is None
+
+    def send(self, frame: Frame, *, timeout_s: float) -> None:
+        """Send one frame.
+
+        Raises:
+            WorkerDied: it ended. WorkerStalled: it took nothing within ``timeout_s``, and was killed.
+        """
+        try:
+            self.link.send(frame, timeout_s=timeout_s)
+        except LinkError as problem:
+            raise self._failed(problem, timeout_s) from problem
+
+    def receive(self, *, timeout_s: float) -> Frame:
+        """Receive one frame.
+
+        Raises:
+            WorkerDied: it ended. WorkerStalled: it said nothing within ``timeout_s``, and was killed.
+            FrameError: what it said is malformed; it was killed.
+        """
+        try:
+            return self.link.receive(timeout_s=timeout_s)
+        except LinkError as problem:
+            raise self._failed(problem, timeout_s) from problem
+        except BaseException:
+            # Also Ctrl-C: a frame read half leaves the link useless, and a worker without a reader must not live on.
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL reaches a stopped process too) and close the link. Safe to call again."""
+        self.link.close()
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._end()
+
+    def close(self) -> None:
+        """Close the link, at which an idle worker wipes its weights and ends; kill it if it does not."""
+        self.link.close()
+        try:
+            self._process.wait(timeout=_EXIT_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._end()
+
+    def _failed(self, problem: LinkError, timeout_s: float) -> WorkerDied | WorkerStalled:
+        if isinstance(problem, PeerStalled):
+            self.kill()
+            return WorkerStalled(
+                "the worker did not answer in time and was killed",
+                where=f"pid {self._process.pid}",
+                expected=f"within {timeout_s:g} s",
+                hint="load the bundle again; allow more time (--timeout, timeout_s=) if the model is slow",
+            )
+        try:
+            self._process.wait(timeout=_EXIT_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        status = _status(self._process.wait())
+        self.link.close()
+        tail = self._end()
+        return WorkerDied(
+            "the worker ended" + (f"; its last words: {tail}" if tail else ""),
+            where=f"pid {self._process.pid}",
+            got=status,
+            hint="load the bundle again; if it was killed for memory, use --mode streamed or a smaller batch",
+        )
+
+    def _end(self) -> str:
+        if self._ended is None:
+            size = os.fstat(self._stderr).st_size
+            raw = os.pread(self._stderr, _STDERR_TAIL_BYTES, max(0, size - _STDERR_TAIL_BYTES))
+            os.close(self._stderr)
+            self._ended = raw.decode("utf-8", "replace").strip()
+        return self._ended
+
+
+def _environment(threads: int) -> dict[str, str]:
+    passed = {name: os.environ[name] for name in _PASSED_ENVIRONMENT if name in os.environ}
+    if "PYTHONPATH" in passed:
+        # Relative entries mean the folder where we were started, whatever the current one is by now.
+        passed["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry and "site-packages" not in entry)
+    return {
+        **passed,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        # Freed activations stay in the process: handing pages back and faulting them in again costs more than it saves.
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+    }
+
+
+def _status(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    return f"signal {-code} ({signal.Signals(-code).name})"

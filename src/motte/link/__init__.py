@@ -1,0 +1,1 @@
+"""Frames between the two sides: what crosses, bounded and numbered, and the one place that can record all of it."""

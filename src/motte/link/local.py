@@ -1,0 +1,160 @@
+"""The link over a local socket: one object through which everything between the two sides crosses.
+
+Both sides use the same class. Frames are numbered from 0 in each direction; from the moment when a session key is
+installed every frame is sealed, with its header as associated data, and a clear frame is refused.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from motte.errors import DecryptError, FrameError, PeerClosed, PeerStalled
+from motte.link.frames import HEADER, TAG_BYTES, Frame, FrameHeader, Kind, decode_header, decode_payload, encode_payload
+from motte.seal.primitives import ChannelCipher
+
+Direction = Literal["sent", "received"]
+Recorder = Callable[[Direction, bytes], None]
+"""Called with the exact bytes of every frame that crosses."""
+
+_COPY_BYTES = 1 << 20
+
+
+class Link:
+    """One end of a connected stream socket.
+
+    Args:
+        sock: the socket; the link owns it from now on.
+        peer: what the other side is called in errors.
+        recorder: sees every frame in both directions, as the host could.
+    """
+
+    def __init__(self, sock: socket.socket, *, peer: str, recorder: Recorder | None = None) -> None:
+        self._socket = sock
+        self._peer = peer
+        self._recorder = recorder
+        self._sent = 0
+        self._received = 0
+        self._seal: ChannelCipher | None = None
+        self._open: ChannelCipher | None = None
+        self._clear_error_allowed = False
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def secure(self, *, sending: ChannelCipher, receiving: ChannelCipher, clear_error_first: bool = False) -> None:
+        """From now on seal what is sent and accept only sealed frames.
+
+        Args:
+            clear_error_first: the first frame may be an ERROR in clear. A worker that refuses a bundle has no session
+                key yet. The host can forge that frame, and gains no more than by closing the link.
+
+        Raises:
+            RuntimeError: the link already is secured: a session is never re-keyed.
+        """
+        if self._seal is not None:
+            raise RuntimeError("the link already has session keys")
+        self._seal, self._open = sending, receiving
+        self._clear_error_allowed = clear_error_first
+
+    def send(self, frame: Frame, *, timeout_s: float | None = None) -> None:
+        """Send one frame.
+
+        Raises:
+            PeerStalled: the peer did not take it within ``timeout_s``.
+            PeerClosed: the peer closed the link.
+        """
+        meta, body = encode_payload(frame)
+        header = FrameHeader(frame.kind, self._seal is not None, self._sent, len(meta), len(body))
+        raw = header.encode()
+        payload: bytes | bytearray = meta + body
+        if self._seal is not None:
+            payload = self._seal.seal(memoryview(payload), raw)
+        data = memoryview(raw + payload)
+        self._record("sent", data)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        offset = 0
+        try:
+            while offset < len(data):
+                self._arm(deadline)
+                offset += self._socket.send(data[offset : offset + _COPY_BYTES])
+        except TimeoutError as problem:
+            raise PeerStalled(
+                "no progress while sending", where=self._peer, expected=f"within {timeout_s:g} s"
+            ) from problem
+        except OSError as problem:
+            raise PeerClosed("the link was closed while sending", where=self._peer, got=str(problem)) from problem
+        self._sent += 1
+        self.bytes_sent += len(data)
+
+    def receive(self, *, timeout_s: float | None = None) -> Frame:
+        """Receive one frame: copied in, checked, then returned.
+
+        Raises:
+            PeerStalled: nothing complete within ``timeout_s``.
+            PeerClosed: the peer closed the link.
+            FrameError: malformed, out of sequence, clear where it must be sealed, or not authentic.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        raw = bytes(self._exactly(HEADER.size, deadline, timeout_s))
+        header = decode_header(raw, peer=self._peer)
+        if header.sequence != self._received:
+            raise FrameError(
+                "frame out of sequence", where=self._peer, expected=str(self._received), got=str(header.sequence)
+            )
+        refused = self._clear_error_allowed and header.kind is Kind.ERROR and not header.sealed
+        if header.sealed != (self._open is not None) and not refused:
+            raise FrameError(
+                "frame in the wrong state", where=self._peer, expected="clear" if header.sealed else "sealed"
+            )
+        payload = self._exactly(header.payload_bytes, deadline, timeout_s)
+        self._record("received", raw + payload)
+        if self._open is not None and not refused:
+            self._clear_error_allowed = False
+            try:
+                payload = bytearray(self._open.open(memoryview(payload), raw))
+            except DecryptError as problem:
+                raise FrameError("frame is not authentic", where=self._peer, got=header.kind.name) from problem
+        self._received += 1
+        self.bytes_received += HEADER.size + header.payload_bytes
+        view = memoryview(payload)
+        return decode_payload(header, bytes(view[: header.meta_bytes]), view[header.meta_bytes :], peer=self._peer)
+
+    def close(self) -> None:
+        """Close the socket; the peer sees the end of the stream."""
+        self._socket.close()
+
+    def _exactly(self, count: int, deadline: float | None, timeout_s: float | None) -> bytearray:
+        # Grows as bytes arrive, so that a header that promises a gigabyte costs its sender a gigabyte, not us.
+        data = bytearray()
+        try:
+            while len(data) < count:
+                self._arm(deadline)
+                piece = self._socket.recv(min(count - len(data), _COPY_BYTES))
+                if not piece:
+                    raise PeerClosed(
+                        "the link was closed", where=self._peer, expected=f"{count} bytes", got=f"{len(data)}"
+                    )
+                data += piece
+        except TimeoutError as problem:
+            raise PeerStalled("no answer in time", where=self._peer, expected=f"within {timeout_s:g} s") from problem
+        except OSError as problem:
+            raise PeerClosed("the link broke", where=self._peer, got=str(problem)) from problem
+        return data
+
+    def _arm(self, deadline: float | None) -> None:
+        if deadline is None:
+            self._socket.settimeout(None)
+            return
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+
+    def _record(self, direction: Direction, data: bytes | bytearray | memoryview) -> None:
+        if self._recorder is not None:
+            self._recorder(direction, bytes(data))
+
+
+__all__ = ["TAG_BYTES", "Direction", "Frame", "Kind", "Link", "Recorder"]

@@ -1,0 +1,275 @@
+"""The trusted worker: one link, one bundle, one life. It answers; nothing outside can make it do anything else.
+
+States, in order, each entered once: hello -> open + grant -> ready -> any number of run and stats. Any error before
+``ready``, and any failure of a key, a chunk or the link after it, ends the worker; a refused input does not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from motte.capture.binding import bind_dims
+from motte.capture.graph import Size, Value
+from motte.capture.signature import to_json
+from motte.engines.interface import Array, Engine, Program
+from motte.errors import FrameError, InputError, MotteError, PeerClosed, ResourceError
+from motte.limits import MAX_NAME_BYTES, MAX_RELEASE, MAX_TENSOR_BYTES
+from motte.link.frames import Frame, Kind, WireTensor
+from motte.link.local import Link
+from motte.plan.costs import peak_activation_bytes
+from motte.plan.streamed import PartNeed, copy_bytes, streamed_need
+from motte.provision.grant import open_grant
+from motte.seal.keys import SignerPublicKey
+from motte.seal.manifest import LaidOutPart, Manifest, check_sizes, lay_out_parts, loads
+from motte.seal.primitives import new_x25519
+from motte.seal.reader import UnlockedBundle, open_bundle
+from motte.split.chain import run_parts
+from motte.strict_json import Fields
+from motte.trusted.memory import process_memory
+from motte.trusted.weights import PartWeights, ResidentWeights, StreamedWeights
+
+PROTOCOL = 1
+MODES = ("resident", "streamed")
+_MAX_PATH_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """What the client asks for, read from an **unverified** OPEN frame. ``weight_memory_bytes`` 0: no bound."""
+
+    path: Path
+    signer: str
+    min_release: int
+    mode: str
+    weight_memory_bytes: int
+    open_threads: int
+    stated_dims: Mapping[str, int]
+    verify_digests: bool
+
+    @staticmethod
+    def read(meta: Mapping[str, Any]) -> OpenRequest:
+        """Raises: FrameError: a missing, unknown or ill-typed field."""
+        fields = Fields(dict(meta), where="OPEN", error=FrameError)
+        dims = fields.any("stated_dims")
+        if not isinstance(dims, dict) or not all(type(v) is int and 0 < v < 1 << 31 for v in dims.values()):
+            raise FrameError("not a table of dimensions", where="OPEN.stated_dims")
+        request = OpenRequest(
+            path=Path(fields.text("path", max_bytes=_MAX_PATH_BYTES)),
+            signer=fields.text("signer", max_bytes=MAX_NAME_BYTES),
+            min_release=fields.integer("min_release", low=0, high=MAX_RELEASE),
+            mode=fields.choice("mode", MODES),
+            weight_memory_bytes=fields.integer("weight_memory_bytes", low=0, high=MAX_TENSOR_BYTES),
+            open_threads=fields.integer("open_threads", low=1, high=256),
+            stated_dims=dims,
+            verify_digests=fields.boolean("verify_digests"),
+        )
+        fields.done()
+        return request
+
+
+@dataclass(slots=True)
+class _Loaded:
+    manifest: Manifest
+    parts: tuple[LaidOutPart, ...]
+    programs: list[Program]
+    weights: PartWeights
+    bundle: UnlockedBundle
+    stated_dims: Mapping[str, int] | None
+    rss_before_open_bytes: int
+    peaks: dict[tuple[tuple[str, int], ...], int]
+
+
+class Worker:
+    """Serves one link until it ends."""
+
+    def __init__(self, link: Link, engine: Engine, *, hello: Mapping[str, Any]) -> None:
+        self._link = link
+        self._engine = engine
+        self._hello = hello
+        self._loaded: _Loaded | None = None
+
+    def serve(self) -> int:
+        """Run to the end of the link. Returns the exit status: 0 when the client closed it, 1 after a fatal error."""
+        try:
+            self._start()
+            while True:
+                self._answer(self._link.receive())
+        except PeerClosed:
+            return 0
+        except MotteError as problem:
+            self._report(problem, fatal=True)
+            return 1
+        finally:
+            if self._loaded is not None:
+                self._loaded.weights.close()
+
+    def _start(self) -> None:
+        private, public = new_x25519()
+        self._link.send(Frame(Kind.HELLO, {**self._hello, "protocol": PROTOCOL, "public_key": public.hex()}))
+        request = OpenRequest.read(self._expect(Kind.OPEN).meta)
+        grant = Fields(dict(self._expect(Kind.GRANT).meta), where="GRANT", error=FrameError)
+        sealed = bytes.fromhex(grant.text("sealed", max_bytes=8192))
+        grant.done()
+        marks = [time.perf_counter()]
+        demanded = SignerPublicKey.parse(request.signer)
+        signed = open_bundle(request.path, signer=demanded, min_release=request.min_release)
+        header = signed.header
+        kek, session = open_grant(sealed, private, bundle_id=header.bundle_id, release=header.release)
+        sending, receiving = session.worker_ciphers()
+        self._link.secure(sending=sending, receiving=receiving)
+        if request.verify_digests:
+            signed.verify_digests(threads=request.open_threads)
+        self._load(signed.unlock(kek), request, marks)
+
+    def _load(self, bundle: UnlockedBundle, request: OpenRequest, marks: list[float]) -> None:
+        manifest = loads(bundle.manifest())
+        parts = lay_out_parts(manifest)
+        check_sizes(parts, tuple(bundle.part_bytes(index) for index in range(bundle.parts)))
+        streamed = request.mode == "streamed"
+        dims = self._stated_dims(manifest, request) if streamed or request.stated_dims else None
+        if request.weight_memory_bytes:
+            _refuse_above(parts, request, streamed)
+        before = process_memory()["rss_bytes"]
+        marks.append(time.perf_counter())
+        holder = StreamedWeights if streamed else ResidentWeights
+        weights: PartWeights = holder(bundle, parts, self._engine, threads=request.open_threads)
+        marks.append(time.perf_counter())
+        programs = [self._engine.compile(part.part.graph) for part in parts]
+        marks.append(time.perf_counter())
+        self._loaded = _Loaded(manifest, parts, programs, weights, bundle, dims, before, {})
+        self._link.send(Frame(Kind.READY, self._ready(marks)))
+
+    def _stated_dims(self, manifest: Manifest, request: OpenRequest) -> dict[str, int]:
+        unknown = set(request.stated_dims) - {dim.name for dim in manifest.graph.dims}
+        if unknown:
+            raise InputError(
+                "the model has no such dimension",
+                got=", ".join(sorted(unknown)),
+                expected=", ".join(dim.name for dim in manifest.graph.dims) or "none",
+            )
+        return {**dict(manifest.plan.dims), **request.stated_dims}
+
+    def _ready(self, marks: list[float]) -> dict[str, Any]:
+        loaded = self._held()
+        graph = loaded.manifest.graph
+        return {
+            "signature": to_json(loaded.manifest.signature),
+            "inputs": [_value_json(value) for value in graph.inputs],
+            "output_names": list(graph.output_names),
+            "dims": [{"name": d.name, "low": d.low, "high": d.high} for d in graph.dims],
+            "plan_dims": dict(loaded.manifest.plan.dims),
+            "parts": [{"nodes": len(p.part.graph.nodes), "bytes": p.layout.bytes} for p in loaded.parts],
+            "seconds": dict(zip(("verify", "open", "load"), _differences(marks), strict=True)),
+            "memory": self._memory(),
+        }
+
+    def _answer(self, frame: Frame) -> None:
+        if frame.kind is Kind.STATS:
+            self._link.send(Frame(Kind.ANSWER, {"memory": self._memory()}))
+            return
+        if frame.kind is not Kind.RUN:
+            raise FrameError("not a request", expected="RUN or STATS", got=frame.kind.name)
+        try:
+            answer = self._infer(frame)
+        except InputError as problem:
+            self._report(problem, fatal=False)
+            return
+        self._link.send(answer)
+
+    def _infer(self, frame: Frame) -> Frame:
+        loaded = self._held()
+        fields = Fields(dict(frame.meta), where="RUN", error=FrameError)
+        fields.done()
+        start, waited = time.perf_counter(), loaded.weights.waited_s
+        graph = loaded.manifest.graph
+        dims = bind_dims(graph, [(tensor.dtype, tensor.shape) for tensor in frame.tensors])
+        peak = self._activation_peak(dims)
+        inputs: list[Array] = [self._engine.from_bytes(t.dtype, t.shape, memoryview(t.data)) for t in frame.tensors]
+        try:
+            parts = [laid_out.part for laid_out in loaded.parts]
+            outputs = run_parts(parts, loaded.programs, graph, inputs, loaded.weights.part, dims)
+        except MemoryError as problem:
+            raise ResourceError("out of memory", where=graph.name, hint="run a smaller batch") from problem
+        tensors = [WireTensor(*self._engine.to_bytes(output)) for output in outputs]
+        seconds = {"run": time.perf_counter() - start, "wait_for_weights": loaded.weights.waited_s - waited}
+        return Frame(Kind.ANSWER, {"seconds": seconds, "activation_peak_bytes": peak}, tensors)
+
+    def _activation_peak(self, dims: Mapping[str, int]) -> int:
+        loaded = self._held()
+        key = tuple(sorted(dims.items()))
+        if key not in loaded.peaks:
+            loaded.peaks[key] = peak_activation_bytes(loaded.manifest.graph, loaded.manifest.plan, dims)
+        if loaded.stated_dims is not None:
+            for name, stated in loaded.stated_dims.items():
+                if dims[name] > stated:
+                    raise InputError(
+                        "larger than the size stated when the worker was started",
+                        where=name,
+                        expected=f"at most {stated}",
+                        got=str(dims[name]),
+                        hint=f"send fewer at once, or state a larger {name} (--batch, dims=) at the start",
+                    )
+        return loaded.peaks[key]
+
+    def _memory(self) -> dict[str, Any]:
+        loaded = self._held()
+        return {
+            "weight_arena_bytes": loaded.weights.arena_bytes,
+            "engine_copy_bytes": max(copy_bytes(part.part.graph) for part in loaded.parts),
+            "weights_locked": loaded.weights.locked,
+            "rss_before_open_bytes": loaded.rss_before_open_bytes,
+            **process_memory(),
+        }
+
+    def _held(self) -> _Loaded:
+        if self._loaded is None:
+            raise RuntimeError("not ready")
+        return self._loaded
+
+    def _expect(self, kind: Kind) -> Frame:
+        frame = self._link.receive()
+        if frame.kind is not kind:
+            raise FrameError("frame in the wrong state", expected=kind.name, got=frame.kind.name)
+        return frame
+
+    def _report(self, problem: MotteError, *, fatal: bool) -> None:
+        facts = {name: getattr(problem, name, None) for name in ("expected", "got", "where", "hint", "check")}
+        meta = {"class": type(problem).__name__, "message": problem.message, "fatal": fatal, **facts}
+        try:
+            self._link.send(Frame(Kind.ERROR, meta))
+        except MotteError:
+            # The client has gone: there is nobody left to tell, and the exit status says the rest.
+            os._exit(1)
+
+
+def _refuse_above(parts: tuple[LaidOutPart, ...], request: OpenRequest, streamed: bool) -> None:
+    needs = [part_need(part) for part in parts]
+    need = streamed_need(needs) if streamed else sum(n.weight_bytes for n in needs) + max(n.copy_bytes for n in needs)
+    if need > request.weight_memory_bytes:
+        raise ResourceError(
+            "the plan does not fit the weight memory",
+            expected=f"at most {request.weight_memory_bytes} bytes",
+            got=f"{need} bytes ({request.mode}: opened parts and the engine's copy)",
+            hint="seal the model again with --weight-memory at this bound"
+            + ("" if streamed else ", or run with --mode streamed"),
+        )
+
+
+def part_need(part: LaidOutPart) -> PartNeed:
+    """What one part needs of weight memory while it runs."""
+    return PartNeed(part.layout.bytes, copy_bytes(part.part.graph))
+
+
+def _differences(marks: list[float]) -> list[float]:
+    return [b - a for a, b in itertools.pairwise(marks)]
+
+
+def _value_json(value: Value) -> dict[str, Any]:
+    shape = [extent.text if isinstance(extent, Size) else extent for extent in value.type.shape]
+    return {"name": value.name, "dtype": value.type.dtype, "shape": shape}

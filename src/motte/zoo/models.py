@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from motte.capture.graph import Dim
 from motte.capture.signature import ImagePreprocessing, Signature
 
 if TYPE_CHECKING:
-    from motte.capture.export import Captured
     from torch import Tensor, nn
 
-BATCH = "batch"
-"""The dynamic dimension that counts the inputs that run together; every model of the zoo has it on axis 0."""
-EXAMPLE_BATCH = 2
+    from motte.capture.export import Captured
+
+DEFAULT_RANGE: Final = (1, 1024)
+"""Range of a dynamic dimension for which nobody states one; capture narrows it to what the model allows."""
+BATCH: Final = Dim("batch", *DEFAULT_RANGE)
+"""The number of inputs that run together; every model of the zoo has it on axis 0."""
+EXAMPLE_BATCH: Final = 2
 """Batch of the examples: torch.export takes an extent of 1 for a constant."""
 
-Axes = Mapping[int, str]
-"""Which axes of one input are dynamic, and the name of each one's dimension."""
+Axes = Mapping[int, Dim]
+"""Which axes of one input are dynamic, and the dimension of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +30,7 @@ class BuiltModel:
     """A model ready to be captured.
 
     ``example_args`` are positional, ``example_kwargs`` by name. ``dims`` maps the name of a parameter of ``forward``
-    to its dynamic axes; an input without an entry keeps the shape of its example. ``dim_ranges`` are the inclusive
-    ranges of named dimensions where the model's owner states one. All go to ``motte.capture`` as they are.
+    to its dynamic axes; an input without an entry keeps the shape of its example.
     """
 
     name: str
@@ -36,7 +39,6 @@ class BuiltModel:
     dims: Mapping[str, Axes]
     signature: Signature
     example_kwargs: Mapping[str, Tensor] = field(default_factory=dict)
-    dim_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -52,14 +54,15 @@ def capture_built(built: BuiltModel) -> Captured:
     """
     from motte.capture.export import capture
 
-    ranges = {dim.name: (dim.low, dim.high) for axes in built.dims.values() for dim in axes.values()}
+    dims = {dim.name: (dim.low, dim.high) for axes in built.dims.values() for dim in axes.values()}
     return capture(
         built.model,
         built.example_args,
         dict(built.example_kwargs),
         name=built.name,
         dims={name: {axis: dim.name for axis, dim in axes.items()} for name, axes in built.dims.items()},
-        dim_ranges=ranges,
+        # A range that is given is never narrowed; only what somebody stated on purpose is.
+        dim_ranges={name: limits for name, limits in dims.items() if limits != DEFAULT_RANGE},
     )
 
 

@@ -33,10 +33,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
+from motte.capture.graph import Dim
 from motte.capture.signature import ImagePreprocessing, Signature, TextPreprocessing, from_json
 from motte.errors import GraphError, InputError, MotteError
 from motte.limits import MAX_GRAPH_DIMS, MAX_NAME_BYTES
-from motte.zoo.models import BATCH, EXAMPLE_BATCH, Axes, BuiltModel, image_example
+from motte.zoo.models import BATCH, DEFAULT_RANGE, EXAMPLE_BATCH, Axes, BuiltModel, image_example
 from motte.zoo.weights import WeightsChoice, load_state, read_state, seeded
 
 if TYPE_CHECKING:
@@ -114,9 +115,7 @@ def _assemble(
             got=f"{len(args)} by position" + "".join(f", {key}" for key in kwargs),
         )
     named = dict(zip(parameters, args, strict=False)) | kwargs
-    return BuiltModel(
-        title, model, args, _dims(module, named, path), signature, kwargs, dim_ranges=_dim_ranges(module, path)
-    )
+    return BuiltModel(title, model, args, _dims(module, named, path), signature, kwargs)
 
 
 def _split(name: str) -> tuple[Path, str]:
@@ -248,15 +247,18 @@ def _dims(module: ModuleType, named: Mapping[str, Tensor], path: Path) -> dict[s
     if given is None:
         sizes = {tuple(value.shape[:1]) for value in named.values()}
         same = len(sizes) == 1 and sizes != {()}
-        return {key: {0: BATCH} for key in named} if same else {}
+        given = {key: {0: BATCH.name} for key in named} if same else {}
     if not isinstance(given, dict):
         raise InputError("dims is no dict", where=str(path), got=type(given).__name__)
+    ranges = _dim_ranges(module, path)
+    found: dict[str, Axes] = {}
     for key, axes in given.items():
         if key not in named or not isinstance(axes, dict):
             raise InputError("dims names no input", where=str(path), expected=", ".join(named), got=repr(key)[:80])
         for axis, name in axes.items():
             _check_axis(axis, name, named[key], f"{path}: {key}")
-    return given
+        found[key] = {axis: Dim(name, *ranges.get(name, DEFAULT_RANGE)) for axis, name in axes.items()}
+    return found
 
 
 def _check_axis(axis: object, name: object, value: Tensor, where: str) -> None:

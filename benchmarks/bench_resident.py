@@ -1,0 +1,56 @@
+"""Twelve sealed parts, resident in the trusted worker, against the unsplit eager model in its own process.
+
+    python benchmarks/bench_resident.py [NAME ...] [--batch 1] [--repeats 15]
+
+Measured at the client, from before the input is sealed until the answer is open; the eager peer is measured from the
+request to the end of its forward pass. Same threads, same weights (random, seeded), batch 1, interleaved; the outputs
+are compared bit for bit. The worker is SIMULATED: no hardware protection.
+"""
+
+from __future__ import annotations
+
+from peers import CONSOLE, EagerPeer, arguments, digest, input_array, names_or_all, report, sealed
+
+import motte
+from motte.measure.compare import compare
+from motte.run.tensors import to_wire
+from motte.zoo.published_cuts import CLASSICS
+
+
+def main() -> None:
+    """All eight classics, or those named."""
+    parser = arguments(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--batch", type=int, default=1)
+    options = parser.parse_args()
+    for name in names_or_all(options.names, CLASSICS):
+        one(name, options.batch, options.threads, options.repeats, options.records)
+
+
+def one(name: str, batch: int, threads: int, repeats: int, records: object) -> None:
+    """Measure one model."""
+    with sealed(name, batch=batch) as bundle:
+        settings = motte.LoadSettings(threads=threads, timeout_s=300)
+        with motte.load(bundle.path, keys=bundle.key, signer=bundle.signer, settings=settings) as model:
+            peer = EagerPeer(name, batch=batch, threads=threads)
+            wire = to_wire(input_array(name, batch), where="input")
+            candidates = {"eager, unsplit": peer.run, f"{bundle.parts} sealed parts": lambda: model.run([wire])}
+            found = compare(candidates, warmup=3, repeats=repeats)
+            same = peer.digest() == digest(model.run([wire]).outputs[0].data)
+            peer.close()
+    report(
+        found,
+        series="resident",
+        what="input given to answer open",
+        threads=threads,
+        records=records,
+        model=name,
+        batch=batch,
+    )
+    CONSOLE.print(f"{name}: outputs {'equal to the bit' if same else 'DIFFER'}")
+    if not same:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

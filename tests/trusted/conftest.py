@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from motte.seal.keys import RecipientPrivateKey, SignerPrivateKey
 
 
@@ -48,6 +49,7 @@ class Sealed:
 def seal_tiny(folder: Path, parts: int, release: int = 3) -> Sealed:
     """Capture, plan in ``parts`` parts and seal the tiny model into ``folder``."""
     import torch
+
     from motte.capture.export import capture
     from motte.capture.signature import Signature
     from motte.plan.planner import plan_parts
@@ -78,7 +80,7 @@ def seal_parts(tmp_path: Path) -> Callable[[int], Sealed]:
     return lambda parts: seal_tiny(tmp_path, parts)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def loaded(sealed: Sealed) -> Iterator[Any]:
     """A resident worker."""
     with sealed.load() as model:

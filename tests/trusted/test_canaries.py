@@ -29,7 +29,8 @@ def recently_written(roots: list[Path], since: float) -> list[Path]:
                     facts = path.lstat()
                 except OSError:
                     continue
-                if os.path.isfile(path) and not path.is_symlink() and facts.st_mtime >= since and facts.st_size < 1 << 28:
+                recent = facts.st_mtime >= since and facts.st_size < 1 << 28
+                if recent and path.is_file() and not path.is_symlink():
                     found.append(path)
     return found
 
@@ -68,14 +69,14 @@ def writable_files(pid: int) -> list[str]:
     if os.geteuid() != 0:
         return []
     found = []
-    for entry in (Path("/proc") / str(pid) / "fd").iterdir():
+    proc = Path("/proc") / str(pid)
+    for entry in (proc / "fd").iterdir():
         target = os.readlink(entry)
-        flags = next(
-            line for line in (Path("/proc") / str(pid) / "fdinfo" / entry.name).read_text().splitlines() if "flags" in line
-        )
-        if int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY and target.startswith("/") and "memfd:" not in target:
-            if target != "/dev/null":
-                found.append(target)
+        lines = (proc / "fdinfo" / entry.name).read_text().splitlines()
+        flags = int(next(line for line in lines if line.startswith("flags")).split()[1], 8)
+        on_disk = target.startswith("/") and "memfd:" not in target and target != "/dev/null"
+        if on_disk and flags & os.O_ACCMODE != os.O_RDONLY:
+            found.append(target)
     return found
 
 

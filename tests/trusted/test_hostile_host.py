@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from motte.errors import (
     BundleError,
     DecryptError,
@@ -145,9 +146,7 @@ def test_another_bundle_at_the_same_path_does_not_open_with_this_grant(sealed, s
         header, kek = bundle.header, bundle.unwrap(sealed.recipient)
     worker = WorkerProcess(threads=1)
     try:
-        grant, _ = make_grant(
-            kek, worker.hello.public_key, bundle_id=header.bundle_id, release=header.release
-        )
+        grant, _ = make_grant(kek, worker.hello.public_key, bundle_id=header.bundle_id, release=header.release)
         meta = _open_meta(other.path, other.signer.public, LoadSettings(threads=1))
         worker.send(Frame(Kind.OPEN, meta), timeout_s=30)
         worker.send(Frame(Kind.GRANT, {"sealed": grant.hex()}), timeout_s=30)
@@ -176,13 +175,14 @@ def test_the_worker_takes_no_order_out_of_turn(sealed) -> None:
 
 def test_noise_instead_of_frames_ends_the_worker(sealed) -> None:
     from motte.enclave.process import WorkerProcess
+    from motte.link.frames import Kind
 
     worker = WorkerProcess(threads=1)
     try:
         worker.link._socket.sendall(b"\xff" * 4096)
-        with pytest.raises(MotteError):
-            for _ in range(3):
-                worker.receive(timeout_s=60)
+        assert worker.receive(timeout_s=60).kind is Kind.ERROR
+        with pytest.raises(WorkerDied):
+            worker.receive(timeout_s=60)
     finally:
         worker.kill()
 

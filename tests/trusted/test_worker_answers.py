@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
 from motte.errors import InputError, ResourceError, SettingError, WorkerClosed
+from motte.run.tensors import to_wire
 
 
 def whole(sealed, x):
@@ -150,3 +153,38 @@ def test_a_closed_model_says_so(sealed) -> None:
     model.close()
     with pytest.raises(WorkerClosed):
         model(torch.randn(1, 3, 16, 16))
+
+
+def test_a_new_input_needs_nothing_but_a_call(sealed, loaded) -> None:
+    before = sealed.path.read_bytes()
+    answers = [loaded(torch.full((1, 3, 16, 16), float(value))) for value in range(3)]
+    assert not torch.equal(answers[0], answers[1])
+    assert sealed.path.read_bytes() == before
+
+
+def test_times_are_apart(sealed) -> None:
+    with sealed.load() as model:
+        segments = model.clock.segments()
+        assert [segment.name for segment in segments.items] == [
+            "read header",
+            "start worker",
+            "key release",
+            "open and load",
+        ]
+        assert set(model.worker_seconds) == {"verify", "open", "load"}
+        assert sum(model.worker_seconds.values()) <= segments["open and load"].seconds
+        answered = model.run([to_wire(np.zeros((1, 3, 16, 16), np.float32), where="x")])
+        # What a call reports began after the parts were open, and holds neither start nor opening.
+        assert 0 < answered.seconds["run"] < segments["start worker"].seconds
+
+
+def test_memory_is_that_of_the_worker_alone(sealed) -> None:
+    ballast = np.ones(64 << 20, dtype=np.uint8)
+    with sealed.load() as model:
+        stats = model.stats()
+        assert stats["rss_bytes"] <= stats["rss_peak_bytes"]
+        assert stats["rss_before_open_bytes"] <= stats["rss_bytes"]
+        status = Path(f"/proc/{model.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+        assert abs(int(line.split()[1]) * 1024 - stats["rss_bytes"]) < 8 << 20
+    assert ballast.sum() == 64 << 20

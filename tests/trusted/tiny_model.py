@@ -1,4 +1,4 @@
-"""A narrow net with a residual block, two inputs' worth of shapes and planted canaries: small, but with every feature."""
+"""A narrow net with a residual block and a planted canary: small, but with every feature that the worker meets."""
 
 from __future__ import annotations
 
@@ -35,5 +35,6 @@ def tiny() -> Tiny:
     model = Tiny().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (1.0 if "1.weight" in name else 0))
+            shift = 1.0 if "1.weight" in name else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + shift)
     return model

@@ -5,7 +5,7 @@
 #   make test     every test that this machine can run      (PYTEST_ARGS="-k measure -x" narrows it)
 #   make lint     ruff check, ruff format --check, mypy --strict
 #   make fmt      let ruff fix and format
-#   make bench    every benchmarks/bench_*.py, one after the other; records go to records/
+#   make bench    every benchmarks/bench_*.py, one after the other, in its standard form
 #   make clean    remove .venv and caches
 #
 # PYTHON=python3.12        the interpreter that .venv is made from (3.11 or newer)

@@ -102,11 +102,14 @@ class WorkerProcess:
             )
         self.link = Link(ours, peer=f"worker {self._process.pid}", recorder=recorder)
         self._ended: str | None = None
-        frame = self.receive(timeout_s=start_timeout_s)
-        if frame.kind is not Kind.HELLO:
+        try:
+            frame = self.receive(timeout_s=start_timeout_s)
+            if frame.kind is not Kind.HELLO:
+                raise FrameError("frame in the wrong state", expected="HELLO", got=frame.kind.name)
+            self.hello = Hello.read(frame.meta)
+        except BaseException:
             self.kill()
-            raise FrameError("frame in the wrong state", expected="HELLO", got=frame.kind.name)
-        self.hello = Hello.read(frame.meta)
+            raise
         self.start_s = time.perf_counter() - began
 
     @property

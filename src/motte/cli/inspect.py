@@ -1,0 +1,99 @@
+"""``motte inspect``: all that can be known of a bundle without keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from motte.cli.options import public_key
+from motte.cli.output import Column, Line, Output, bytes_text, table
+from motte.cli.verb import FAILED, verb
+
+if TYPE_CHECKING:
+    from motte.seal.inspection import Inspection
+
+_SAID = {
+    "by the demanded signer": "valid, by the demanded signer",
+    "by the signer that it names": "valid, by the signer named here (anyone can sign under a name of their own)",
+    "by another signer": "valid, but NOT BY THE DEMANDED SIGNER",
+    "invalid": "INVALID",
+}
+_SHOWN_NAMES = 20
+
+
+@verb
+def inspect(
+    out: Output,
+    bundle: Annotated[Path, typer.Argument(metavar="FILE", help="The bundle.")],
+    signer: Annotated[
+        str | None, typer.Option("--signer", metavar="KEY", help="Demanded signer: motte-signer-1-..., or a .pub file.")
+    ] = None,
+    verify_digests: Annotated[
+        bool, typer.Option("--verify-digests", help="Compare all ciphertext with the digests in the header.")
+    ] = False,
+) -> None:
+    """Show what a bundle says without any key: release, signer, recipients, parts, sizes.
+
+    Nothing shown is verified beyond what the line "signature" says. Exit code 1 if the signature is not valid, is not
+    the demanded signer's, or if a section is damaged.
+    """
+    from motte.seal.inspection import inspect as look
+    from motte.seal.keys import SignerPublicKey
+
+    demanded = public_key(signer, SignerPublicKey, option="--signer") if signer is not None else None
+    total = bundle.stat().st_size if bundle.is_file() else None
+    with out.progress("reading", total=total, in_bytes=True) as bar:
+        found = look(bundle, signer=demanded, digests=verify_digests, progress=bar.advance)
+    header = found.header
+    facts = [
+        ("file", f"{found.path} ({bytes_text(found.file_bytes)})"),
+        ("bundle", header.bundle_id.hex()),
+        ("release", str(header.release)),
+        ("signature", _SAID[found.signature]),
+        ("signer id", header.signer.key_id),
+        ("parts", f"{header.parts}, {bytes_text(found.plaintext_bytes)} when opened (the manifest included)"),
+        ("digests", _digests(found)),
+        ("public weights", _names(header.public_weights)),
+        ("recipients", f"{len(header.recipients)}: " + ", ".join(each.key.key_id for each in header.recipients)),
+    ]
+    rows = [
+        (
+            f"part {each.index}" if each.index else "manifest",
+            bytes_text(each.plaintext_bytes),
+            bytes_text(each.ciphertext_bytes),
+            each.digest.hex()[:16],
+            "DAMAGED" if each.index in (found.damaged_sections or ()) else "",
+        )
+        for each in header.sections
+    ]
+    columns = (
+        Column("section", keep=True),
+        Column("opened", number=True),
+        Column("in the file", number=True),
+        Column("digest (begins)", keep=True),
+        Column("", keep=True),
+    )
+    out.result(
+        found.to_json(),
+        table((Column("", keep=True), Column("")), facts),
+        table(columns, rows),
+        Line(f"signer      {header.signer}"),
+        *(Line(f"recipient   {each.key}") for each in header.recipients),
+    )
+    if found.signature in ("invalid", "by another signer") or found.damaged_sections:
+        raise typer.Exit(FAILED)
+
+
+def _digests(found: Inspection) -> str:
+    if found.damaged_sections is None:
+        return "not compared (--verify-digests does)"
+    if found.damaged_sections:
+        return "DAMAGED: section " + ", ".join(str(index) for index in found.damaged_sections)
+    return "all ciphertext is as the header says"
+
+
+def _names(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more if names else "none: everything is sealed"

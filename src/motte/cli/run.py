@@ -1,0 +1,284 @@
+"""``motte run``: photos, texts or arrays through a sealed bundle, and where the time and the memory went."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from motte.cli.options import parse_size, private_key, public_key
+from motte.cli.output import Output
+from motte.cli.report import Measured, report_json, show_report
+from motte.cli.verb import verb
+from motte.errors import InputError, SettingError
+from motte.limits import MAX_RELEASE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from motte.run.inputs import InputItem
+    from motte.run.model import Model
+
+    Array = NDArray[Any]
+
+_INPUTS, _TRUST, _WORKER = "Inputs and answers", "Trust", "Worker"
+_FILE_ENDINGS = (".txt", ".npy", "/")
+"""Texts that :func:`motte.run.inputs.read_inputs` takes for files."""
+_FIRST = {"since": "inputs joined to a batch", "until": "answer received"}
+
+
+@verb
+def run(
+    out: Output,
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A file of `motte seal`.")],
+    key: Annotated[
+        Path, typer.Option("--key", metavar="FILE", rich_help_panel=_TRUST, help="File of a recipient's private key.")
+    ],
+    signer: Annotated[
+        str,
+        typer.Option(
+            "--signer",
+            metavar="KEY",
+            rich_help_panel=_TRUST,
+            help="Demanded signer: motte-signer-1-..., or a .pub file.",
+        ),
+    ],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="FILE",
+            rich_help_panel=_INPUTS,
+            help="PNG, JPEG, .npy, a .txt for encoders, or a folder of them. Repeat it for several.",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text", metavar="TEXT", rich_help_panel=_INPUTS, help="A text for an encoder. Repeat it for several."
+        ),
+    ] = None,
+    topk: Annotated[
+        int, typer.Option("--topk", metavar="N", min=1, rich_help_panel=_INPUTS, help="Labels shown per input.")
+    ] = 5,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE.npy",
+            rich_help_panel=_INPUTS,
+            help="Save the embeddings, or else the first output of the model, of all inputs.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=_INPUTS, help="Replace the file of --out.")
+    ] = False,
+    min_release: Annotated[
+        int,
+        typer.Option(
+            "--min-release", metavar="N", min=0, max=MAX_RELEASE, rich_help_panel=_TRUST, help="Refuse an older bundle."
+        ),
+    ] = 0,
+    verify_digests: Annotated[
+        bool,
+        typer.Option(
+            "--verify-digests", rich_help_panel=_TRUST, help="Check all ciphertext against the signed digests first."
+        ),
+    ] = False,
+    mode: Annotated[
+        Literal["resident", "streamed"],
+        typer.Option(
+            "--mode", rich_help_panel=_WORKER, help="All parts opened once, or one after the other on every run."
+        ),
+    ] = "resident",
+    weight_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--weight-memory",
+            metavar="SIZE",
+            parser=parse_size,
+            rich_help_panel=_WORKER,
+            help="Bound of the weight memory, such as 128MiB; needed by --mode streamed.",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch",
+            metavar="N",
+            min=1,
+            rich_help_panel=_WORKER,
+            help="Inputs that run together. (default: the plan's batch)",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            min=1,
+            max=256,
+            rich_help_panel=_WORKER,
+            help="Compute threads of the worker. (default: all cores)",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", metavar="SECONDS", rich_help_panel=_WORKER, help="Time limit of every step of the worker."
+        ),
+    ] = 120.0,
+    repeat: Annotated[
+        int,
+        typer.Option(
+            "--repeat",
+            metavar="N",
+            min=0,
+            max=10_000,
+            rich_help_panel=_WORKER,
+            help="Runs of the first batch after the first one, for the steady time; 0: none.",
+        ),
+    ] = 5,
+) -> None:
+    """Answer inputs with a sealed model, in a trusted worker that ends with this command."""
+    import motte
+    from motte.run.model import LoadSettings
+    from motte.seal.keys import RecipientPrivateKey, SignerPublicKey
+
+    given = _given(inputs, text)
+    if save is not None and not overwrite and os.path.lexists(save):
+        raise InputError(
+            "the file of --out exists already", where=str(save), hint="choose another name, or say --overwrite"
+        )
+    settings = LoadSettings(
+        mode=mode,
+        weight_memory_bytes=weight_memory or 0,
+        threads=threads or 0,
+        # A streamed worker bounds its activations by the batch stated at the start.
+        dims={"batch": batch} if batch is not None and mode == "streamed" else None,
+        min_release=min_release,
+        verify_digests=verify_digests,
+        timeout_s=timeout,
+    )
+    private = private_key(key, RecipientPrivateKey, option="--key")
+    demanded = public_key(signer, SignerPublicKey, option="--signer")
+    with out.progress(f"starting the worker and opening {bundle.name}"):
+        model = motte.load(bundle, keys=private, signer=demanded, settings=settings)
+    with model:
+        found = _answer_all(out, model, given, batch, topk, repeat)
+        memory = dict(model.stats())
+    if save is not None:
+        _save(save, found, overwrite=overwrite)
+    out.result(
+        report_json(bundle, model, settings, found, memory), *show_report(bundle, model, settings, found, memory)
+    )
+    if save is not None:
+        out.note(f"saved to {save}")
+
+
+def _given(inputs: Sequence[Path] | None, texts: Sequence[str] | None) -> list[Path | str]:
+    """Everything to answer, in order; what is missing is refused before a worker is started."""
+    given: list[Path | str] = [*(inputs or ()), *(texts or ())]
+    if not given:
+        raise SettingError("no input is given", expected="--input FILE or --text TEXT")
+    for path in inputs or ():
+        if not path.exists():
+            raise InputError("no such input", where=str(path))
+    for each in texts or ():
+        if each.endswith(_FILE_ENDINGS):
+            hint = "give --input FILE if it is one; otherwise let the text end in another way"
+            raise SettingError("this text reads as the name of a file", where="--text", got=each[-40:], hint=hint)
+    return given
+
+
+def _answer_all(
+    out: Output, model: Model, given: list[Path | str], batch: int | None, topk: int, repeat: int
+) -> Measured:
+    from motte.run.inputs import batches, read_inputs
+    from motte.run.tensors import from_wire, to_wire
+
+    if model.signature.weights_origin == "random":
+        out.warn("the weights are random: the answer means nothing")
+    if any(isinstance(each, str) for each in given) and not _takes_text(model):
+        raise SettingError(
+            "this model takes no text", where=model.signature.model, got="--text", hint="give --input FILE"
+        )
+    items = read_inputs(given, model.signature, model.inputs)
+    for item in items:
+        if item.note:
+            out.warn(f"{item.name}: {item.note}")
+    found = Measured()
+    # Only inputs of a model with a dimension of that name can be joined.
+    dynamic = "batch" in {dim.name for dim in model.dims}
+    size = (batch or model.plan_dims.get("batch", 1)) if dynamic else 1
+    mask_index = next((i for i, value in enumerate(model.inputs) if value.name == "attention_mask"), None)
+    with out.progress("running", total=len(items)) as bar:
+        for index, (group, arrays) in enumerate(batches(items, size)):
+            wire = [to_wire(array, where=value.name) for array, value in zip(arrays, model.inputs, strict=True)]
+            if index == 0:
+                with model.clock.segment("first inference", **_FIRST):
+                    answered = model.run(wire)
+                for _ in range(repeat):
+                    found.steady_s.append(_timed(model, wire))
+                found.first_batch = sum(item.batch for item in group)
+            else:
+                answered = model.run(wire)
+            found.activation_peak_bytes = max(found.activation_peak_bytes, answered.activation_peak_bytes)
+            outputs = [from_wire(tensor, like=arrays[0]) for tensor in answered.outputs]
+            mask = arrays[mask_index] if mask_index is not None else None
+            _read(found, model, group, outputs, topk, mask)
+            bar.advance(len(group))
+    return found
+
+
+def _takes_text(model: Model) -> bool:
+    from motte.capture.signature import TextPreprocessing
+
+    return isinstance(model.signature.preprocessing, TextPreprocessing)
+
+
+def _timed(model: Model, wire: list[Any]) -> float:
+    from motte.measure.clock import Clock
+
+    clock = Clock()
+    with clock.segment("inference", **_FIRST):
+        model.run(wire)
+    return clock.segments()["inference"].seconds
+
+
+def _read(
+    found: Measured, model: Model, group: Sequence[InputItem], outputs: list[Array], topk: int, mask: Array | None
+) -> None:
+    import numpy as np
+
+    from motte.run.answers import read_answers
+
+    names = [item.name if item.batch == 1 else f"{item.name}[{i}]" for item in group for i in range(item.batch)]
+    answers = read_answers(outputs, model.signature, names, topk=topk, mask=mask)
+    found.answers += answers
+    embeddings = [answer.embedding for answer in answers if answer.embedding is not None]
+    same = len({each.shape for each in embeddings}) == 1
+    found.raw.append(np.stack(embeddings) if embeddings and same else outputs[0])
+
+
+def _save(path: Path, found: Measured, *, overwrite: bool) -> None:
+    """Write what all inputs gave as one array, inputs along the first axis.
+
+    Raises:
+        InputError: answers of different shapes, or the file exists.
+    """
+    import numpy as np
+
+    from motte.seal.atomic import atomic_file
+
+    shapes = {array.shape[1:] for array in found.raw}
+    if len(shapes) != 1:
+        raise InputError(
+            "the answers have different shapes and make no array", where="--out", got=", ".join(map(str, shapes))
+        )
+    with atomic_file(path, overwrite=overwrite) as fd, os.fdopen(os.dup(fd), "wb") as file:
+        np.save(file, np.concatenate(found.raw), allow_pickle=False)

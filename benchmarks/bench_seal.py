@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from motte.limits import CHUNK_BYTES, MIB
+from motte.measure.compare import compare
 from motte.seal import BytesPart, RecipientPrivateKey, SignerPrivateKey, UnlockedBundle, open_bundle, write_bundle
 from motte.seal.primitives import chunk_digest
 
@@ -72,22 +71,12 @@ def bare_seal(path: Path, plaintext: memoryview, *, digest: bool) -> Callable[[]
 
 def measure(candidates: Candidates, plaintext_bytes: int, repeats: int) -> None:
     """Interleave, and print one line for each candidate; the first one is what the others are compared with."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
-    for round_number in range(repeats + 1):
-        turn = round_number % len(names)
-        for name in names[turn:] + names[:turn]:
-            begin = time.perf_counter()
-            candidates[name]()
-            if round_number:
-                seconds[name].append(time.perf_counter() - begin)
-    for name in names:
-        rates = sorted(plaintext_bytes / each / 1e9 for each in seconds[name])
-        ratios = [base / mine for base, mine in zip(seconds[names[0]], seconds[name], strict=True)]
-        print(
-            f"{name:44} {statistics.median(rates):6.2f} GB/s  ({rates[0]:.2f} to {rates[-1]:.2f})"
-            f"  {statistics.median(ratios):5.2f} of the first's rate"
-        )
+    found = compare(candidates, warmup=1, repeats=repeats)
+    for row in found.rows():
+        low, high = (plaintext_bytes / row[name] / 1e9 for name in ("max", "min"))
+        ratio = "" if row["ratio"] is None else f"{1 / row['ratio']:5.2f} of the first's rate"
+        rate = f"{plaintext_bytes / row['median'] / 1e9:6.2f} GB/s ({low:.2f} to {high:.2f})"
+        print(f"{row['name']:44} n={row['repeats']} {rate}  {ratio}")
 
 
 def opener(bundle: UnlockedBundle, into: memoryview, threads: int) -> Callable[[], None]:

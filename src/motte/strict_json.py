@@ -144,7 +144,7 @@ class Fields:
     def number(self, name: str) -> float:
         """Take a finite number."""
         value = self.any(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e300:
             raise self._error("not a finite number", where=f"{self.where}.{name}", got=repr(value)[:80])
         return float(value)
 
@@ -157,7 +157,8 @@ class Fields:
                 "not lower-case hexadecimal",
                 where=f"{self.where}.{name}",
                 expected=f"{length_bytes} bytes",
-                got=repr(value)[:80],
+                # Keys travel in such fields: an error never quotes one.
+                got=f"{len(value)} characters" if isinstance(value, str) else type(value).__name__,
             )
         return bytes.fromhex(value)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final, Literal, TypeVar
@@ -29,7 +30,7 @@ _SECRET_LINE: Final = re.compile(r"secret: ([0-9a-f]{64})")
 
 
 @dataclass(frozen=True, slots=True)
-class _PublicKey:
+class _PublicKey(ABC):
     """What both kinds of public key share: 32 bytes, checked to be usable when the object is made."""
 
     raw: bytes
@@ -43,8 +44,9 @@ class _PublicKey:
         if not self._usable():
             raise FormatError(f"a {self.kind}'s key of small order, which protects nothing", got=self.raw.hex())
 
+    @abstractmethod
     def _usable(self) -> bool:
-        raise NotImplementedError
+        """Whether the key protects anything at all."""
 
     @property
     def key_id(self) -> str:

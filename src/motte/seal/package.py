@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PartPlaintext:
-    """One part's bytes, produced on demand: at most one weight is materialised at a time beside the model's own."""
+    """One part's bytes, produced on demand: one weight a thread is materialised at a time beside the model's own."""
 
     def __init__(self, part: LaidOutPart, weights: Mapping[str, Tensor]) -> None:
         self.bytes = part.layout.bytes
@@ -40,9 +40,12 @@ class PartPlaintext:
                 buffer[low - offset : high - offset] = self._data(name)[low - start : high - start]
 
     def _data(self, name: str) -> memoryview:
-        if self._latest is None or self._latest[0] != name:
-            self._latest = (name, memory_order_bytes(self._table[name], self._weights))
-        return self._latest[1]
+        # Read once: another thread may put its own weight there meanwhile.
+        latest = self._latest
+        if latest is None or latest[0] != name:
+            latest = (name, memory_order_bytes(self._table[name], self._weights))
+            self._latest = latest
+        return latest[1]
 
 
 def memory_order_bytes(weight: Weight, weights: Mapping[str, Tensor]) -> memoryview:

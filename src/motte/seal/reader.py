@@ -276,7 +276,7 @@ class SignedBundle:
                 section=section.index,
             )
         except DecryptError as problem:
-            raise DecryptError(problem.message, check="B-19", where=f"section {section.index}") from problem
+            raise DecryptError(problem.message, check="B-19", where=section_name(section)) from problem
 
     def verify_digests(self, progress: Progress | None = None, *, threads: int = 1) -> None:
         """Compare the ciphertext of the whole file with the signed digests (B-23).
@@ -389,15 +389,19 @@ def check_section_digest(section: SectionEntry, chunk_digests: Sequence[bytes]) 
         raise SignatureError(
             "the ciphertext is not what was signed",
             check="B-23",
-            where=f"section {section.index}",
+            where=section_name(section),
             hint="the file was altered, or a recipient of it forged chunks; get it anew from its signer",
         )
 
 
+def section_name(section: SectionEntry) -> str:
+    """How errors name a section. For people parts count from 1, as in every table; section i is part i."""
+    return "the manifest" if section.index == 0 else f"part {section.index}"
+
+
 def place(section: SectionEntry, chunk: int) -> str:
     """How errors name a chunk."""
-    name = "the manifest" if section.index == 0 else f"part {section.index - 1}"
-    return f"section {section.index} ({name}), chunk {chunk} of {section.chunks}"
+    return f"{section_name(section)}, chunk {chunk} of {section.chunks}"
 
 
 class UnlockedBundle:

@@ -20,7 +20,7 @@ def unseal(
     threads: int = 1,
     progress: Progress | None = None,
 ) -> tuple[Path, ...]:
-    """Write ``manifest.bin`` and ``part-0000.bin``, ... into a new ``folder``: all of them, or after an error none.
+    """Write ``manifest.bin`` and ``part-0001.bin``, ... into a new ``folder``: all of them, or after an error none.
 
     The digests of the whole file are verified first: what is written is what the signer sealed. Files and folder can be
     read by their owner only.
@@ -50,7 +50,7 @@ def unseal(
         names = ["manifest.bin"]
         _write(partial / names[0], memoryview(bundle.manifest(threads=threads)))
         for index in range(bundle.parts):
-            names.append(f"part-{index:04d}.bin")
+            names.append(f"part-{index + 1:04d}.bin")
             plaintext = memoryview(bytearray(bundle.part_bytes(index)))
             bundle.open_part(index, plaintext, threads=threads, progress=progress)
             _write(partial / names[-1], plaintext)

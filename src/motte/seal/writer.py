@@ -172,7 +172,7 @@ def _check_arguments(
     for index, size in enumerate(sizes):
         most = MAX_SECTION_BYTES if index else MAX_MANIFEST_BYTES
         if not 0 <= size <= most:
-            what = f"part {index - 1}" if index else "the manifest"
+            what = f"part {index}" if index else "the manifest"
             raise InputError(f"{what} is too large", expected=f"at most {most} bytes", got=f"{size} bytes")
     check_recipients(people)
 

@@ -148,7 +148,7 @@ def test_unseal_asks_for_its_dangerous_word(motte: Any, place: Any, tmp_path: Pa
     assert done.code == 0
     assert "in the clear" in done.err
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["manifest.bin", "part-0000.bin", "part-0001.bin", "part-0002.bin"]
+    assert names == ["manifest.bin", "part-0001.bin", "part-0002.bin", "part-0003.bin"]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert motte("unseal", place.bundle, "-o", folder, *place.run_keys, "--insecure-plaintext").code == 2
 

@@ -1,8 +1,8 @@
 """Where each weight of a part lies in the part's bytes: what is sealed, and what the engine reads in place.
 
-Weights stand in the order of their first use, each at a multiple of
-:data:`motte.plan.streamed.WEIGHT_ALIGNMENT_BYTES`, zeros between. That is a cache line and
-what torch's own allocator gives: vector code may take another path, and so give other bits, on other alignments.
+Weights stand in the order of their first use, each at a multiple of ``WEIGHT_ALIGNMENT_BYTES`` (64), zeros between.
+That is a cache line and what torch's own allocator gives: vector code may take another path, and so give other bits,
+on other alignments.
 """
 
 from __future__ import annotations

@@ -1,21 +1,26 @@
 """``nn.Module`` + example inputs -> graph and weights, through ``torch.export``. Imports torch.
 
 Bits: the graph holds the operations that eager execution dispatches, so running it gives the eager result bit for bit
-on the same machine and thread count. One exception is made by eager itself: in inference ``nn.MultiheadAttention`` and
-``nn.TransformerEncoderLayer`` may take a fused fast path with other bits; compare with
-``torch.backends.mha.set_fastpath_enabled(False)``.
+on the same machine and thread count. Eager itself makes two exceptions:
+
+* in inference ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` may take a fused fast path with other bits;
+  compare with ``torch.backends.mha.set_fastpath_enabled(False)``;
+* recurrent layers compute differently when their weights require gradients, even where none are recorded; weights of a
+  graph never do; compare with ``model.requires_grad_(False)``.
 """
 
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import re
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import sympy
 import torch
@@ -25,7 +30,7 @@ from torch.export import ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from motte.capture import lines, tensors
-from motte.capture.checks import check_dim_name, check_graph
+from motte.capture.checks import check_dim_name, check_graph, check_name
 from motte.capture.fold import fold
 from motte.capture.graph import Dim, Graph
 from motte.capture.translate import translate
@@ -33,7 +38,8 @@ from motte.errors import CaptureError, GraphError, InputError, SettingError
 
 DEFAULT_RANGE: Final = (1, 1024)
 """Range of a dynamic dimension for which the caller gives none; narrowed to what the model allows."""
-_MAX_ATTEMPTS: Final = 4
+_MAX_ATTEMPTS: Final = 5
+_LARGEST_GUESS: Final = 5
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -79,6 +85,7 @@ def capture(
         SettingError: ``dims`` or ``dim_ranges`` contradict the inputs.
         CaptureError: the model cannot be captured; ``op`` and ``where`` name the operation and the model's line.
     """
+    _as_setting(check_name, name, "name")
     _check_model(model)
     leaves, structure = _leaves(model, args, dict(kwargs or {}), dims or {})
     ranges = _ranges(leaves, dim_ranges or {})
@@ -87,6 +94,7 @@ def capture(
     with _quiet(), torch.no_grad():
         program, ranges = _export(model, structure, examples, leaves, ranges, fixed)
         try:
+            _remove_dropout(program)
             program = program.run_decompositions({})
         except Exception as problem:
             raise _explain(problem) from problem
@@ -109,6 +117,13 @@ def capture(
             where=problem.where,
         ) from problem
     return Captured(graph, weights)
+
+
+def _as_setting(check: Callable[..., None], *args: object) -> None:
+    try:
+        check(*args)
+    except GraphError as problem:
+        raise SettingError(problem.message, expected=problem.expected, got=problem.got) from problem
 
 
 def _check_model(model: nn.Module) -> None:
@@ -173,7 +188,7 @@ def _leaf(name: str, value: Any, dims: Mapping[str, Mapping[int, str]]) -> _Leaf
             if type(axis) is not int or not 0 <= axis < value.dim():
                 expected = f"0 to {value.dim() - 1}"
                 raise SettingError("no such dimension of an input", got=f"{name}[{axis}]", expected=expected)
-            check_dim_name(dim)
+            _as_setting(check_dim_name, dim)
         return _Leaf(name, value.detach(), axes)
     if not isinstance(value, _PLAIN):
         raise CaptureError(
@@ -250,9 +265,21 @@ def _export(
     raise CaptureError("no range of the dynamic dimensions fits the model", got=str(ranges), hint="give dim_ranges")
 
 
+def _remove_dropout(program: ExportedProgram) -> None:
+    """Give back the argument where eager does: decomposing would copy it, and make its strides dense."""
+    outputs = {node for output in program.graph.find_nodes(op="output") for node in output.all_input_nodes}
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
+        source, _, train = node.args
+        if train is False and node not in outputs:
+            node.replace_all_uses_with(source)
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+
+
 _RANGE = re.compile(r"^\s*(\w+) = Dim\('\1'(?:, min=(\d+))?(?:, max=(\d+))?\)\s*$", re.MULTILINE)
 _CONSTANT = re.compile(r"^\s*(\w+) = (\d+)\s*$", re.MULTILINE)
 _RELATION = re.compile(r"^\s*(\w+) = (?!Dim\()(\S.*?)\s*$", re.MULTILINE)
+_FLAT_WEIGHTS = r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, | (?=w)))+(was|were) assigned"
 _VIOLATED = re.compile(r"Constraints violated \((.*?)\)")
 
 
@@ -263,6 +290,11 @@ def _narrower(text: str, ranges: dict[str, tuple[int, int]], fixed: frozenset[st
         if dim in found and dim not in fixed:
             old_low, old_high = found[dim]
             found[dim] = (max(old_low, int(low or 0)), min(old_high, int(high or old_high)))
+    if "Suggested fixes:" not in text and (violated := _VIOLATED.search(text)):
+        # Without a suggestion it is mostly a size derived from this one that must not be 1.
+        for dim in violated[1].split(", "):
+            if dim in found and dim not in fixed and found[dim][0] < _LARGEST_GUESS:
+                found[dim] = (found[dim][0] + 2, found[dim][1])
     return found if all(low < high for low, high in found.values()) else ranges
 
 
@@ -272,9 +304,14 @@ def _explain(problem: Exception) -> CaptureError:
         return problem
     text = str(problem)
     where = lines.of_exception(problem)
-    violated = _VIOLATED.search(text)
-    if violated:
-        return _explain_dims(text, violated[1])
+    if isinstance(problem, UserWarning) and text.startswith("The tensor attribute"):
+        return CaptureError(
+            "the model keeps a tensor in an attribute from one call to the next",
+            got=text.split(" assigned during", maxsplit=1)[0].removeprefix("The tensor ")[:200],
+            hint="use a local variable, or make it an input and an output",
+        )
+    if violated := _VIOLATED.search(text):
+        return _explain_dims(text, violated[1].split(", "))
     if "data-dependent" in text or "DataDependent" in type(problem).__name__:
         return CaptureError(
             "the model's control flow or shapes depend on the values in a tensor",
@@ -290,35 +327,40 @@ def _explain(problem: Exception) -> CaptureError:
     )
 
 
-def _explain_dims(text: str, names: str) -> CaptureError:
+def _explain_dims(text: str, names: list[str]) -> CaptureError:
     suggested = text.partition("Suggested fixes:")[2]
-    if constant := _CONSTANT.search(suggested):
-        dim, value = constant.groups()
+
+    def named(pattern: re.Pattern[str]) -> tuple[str, ...]:
+        return next((match for match in pattern.findall(suggested) if match[0] in names), ())
+
+    if constant := named(_CONSTANT):
+        dim, value = constant
         return CaptureError(
             f"the model fixes dynamic dimension {dim!r}",
             got=f"always {value}",
             hint=f"leave {dim!r} out of dims (static), or remove what fixes it: int(), a reshape, a branch",
         )
-    if narrower := _RANGE.search(suggested):
-        dim, low, high = narrower.groups()
+    if narrower := named(_RANGE):
+        dim, low, high = narrower
         bounds = [f"at least {low}"] * bool(low) + [f"at most {high}"] * bool(high)
         return CaptureError(
             f"the model does not allow the whole range of dimension {dim!r}",
             expected=" and ".join(bounds),
             hint=f"give dim_ranges={{{dim!r}: (low, high)}} within it",
         )
-    if relation := _RELATION.search(suggested):
-        dim, value = relation.groups()
+    if relation := named(_RELATION):
+        dim, value = relation
+        other = "to another" if value.isidentifier() else "to a multiple"
         return CaptureError(
-            f"the model ties dynamic dimension {dim!r} to another",
+            f"the model ties dynamic dimension {dim!r} {other}",
             got=f"{dim} = {value}",
-            hint="give both the same name if they are equal, else leave one out of dims (static)",
+            hint="give two equal dimensions the same name; otherwise leave this one out of dims (static)",
         )
     reason = next((line.strip(" -") for line in text.splitlines() if line.startswith("  - ")), text[:200])
     return CaptureError(
-        f"the model does not allow every size of dynamic dimension {names!r}",
+        f"the model does not allow every size of dynamic dimension {names[0]!r}",
         got=reason[:300],
-        hint=f"leave {names!r} out of dims (static), or narrow it with dim_ranges",
+        hint=f"leave {names[0]!r} out of dims (static), or narrow it with dim_ranges",
     )
 
 
@@ -344,23 +386,55 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(group) for group in names.values() for name in group}
 
 
+class _WithoutPartialGraph(io.TextIOBase):
+    """Standard error without the half-made graph that a failing export prints there; all else passes through."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._skip_newline = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def write(self, text: str) -> int:
+        drop = "def forward(self, arg0_1" in text or (self._skip_newline and text == "\n")
+        self._skip_newline = drop and text != "\n"
+        return len(text) if drop else self._stream.write(text)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what export says about its own internals, and keep eager's fused attention path out of the trace."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "torch"]
+    loggers = [logging.getLogger(name) for name in names]
     states = [logger.disabled for logger in loggers]
+    stderr = sys.stderr
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
         warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+        # A tensor kept in an attribute from one call to the next would be lost; recurrent layers only rebuild a list.
+        warnings.filterwarnings("error", message="The tensor attribute", category=UserWarning)
+        warnings.filterwarnings("ignore", message=_FLAT_WEIGHTS, category=UserWarning)
         torch.backends.mha.set_fastpath_enabled(False)
         for logger in loggers:
             logger.disabled = True
+        sys.stderr = _WithoutPartialGraph(stderr)
         try:
             yield
         finally:
+            sys.stderr = stderr
             torch.backends.mha.set_fastpath_enabled(fast_path)
             for logger, state in zip(loggers, states, strict=True):
                 logger.disabled = state

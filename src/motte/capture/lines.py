@@ -30,7 +30,7 @@ def _innermost(frames: list[tuple[str, int]]) -> tuple[str, int] | None:
 
 
 def user_frame(node: torch.fx.Node) -> tuple[str, int] | None:
-    """Path and line of the user's model that made ``node``.
+    """Path and line of the user's model that made ``node``: of the innermost ``forward``, which is all export keeps.
 
     A frame of a model library (torchvision, transformers) is taken where the user's own code has none.
     """

@@ -139,6 +139,9 @@ def translate(
     for node in program.graph.nodes:
         if node.op == "call_function":
             work.known[node] = _call(work, node)
+        elif node.op == "get_attr":
+            # A nested graph, argument of a control-flow operator: refused under the operator's name.
+            work.known[node] = _Unusable("a nested graph")
         elif node.op not in ("placeholder", "output"):
             raise CaptureError("not a plain operation", op=str(node.target), where=lines.of_node(node))
     outputs, output_names = _outputs(work)

@@ -34,13 +34,12 @@ INPLACE: Final[Mapping[str, str]] = {
 
 def reusable(graph: Graph) -> frozenset[str]:
     """Names of the nodes that may write their result over their first argument."""
-    last_use = _last_uses(graph)
-    memory = _Memory(graph)
+    memory = _Memory(graph, _last_uses(graph))
     types = {name: value.type for name, value in graph.values().items()}
     chosen = set()
     for index, node in enumerate(graph.nodes):
         memory.add(node)
-        if node.op in INPLACE and _fits(node, types) and memory.free_after(node, index, last_use):
+        if node.op in INPLACE and _fits(node, types) and memory.free_after(node, index):
             memory.join(node)
             chosen.add(node.name)
     return frozenset(chosen)
@@ -67,18 +66,19 @@ def _fits(node: Node, types: Mapping[str, TensorType]) -> bool:
 
 
 class _Memory:
-    """Groups of values that may share memory (a union-find), and which groups this graph made itself."""
+    """Groups of values that may share memory (a union-find): which this graph made itself, and who reads them last."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, last_use: Mapping[str, int]) -> None:
+        self._last_use = last_use
         self._parent: dict[str, str] = {}
-        self._members: dict[str, list[str]] = {}
+        self._until: dict[str, int] = {}
         self._own: set[str] = set()
         for value in graph.inputs:
             self._new(value.name)
 
     def _new(self, name: str) -> None:
         self._parent[name] = name
-        self._members[name] = [name]
+        self._until[name] = self._last_use.get(name, -1)
 
     def root(self, name: str) -> str:
         while self._parent[name] != name:
@@ -90,7 +90,7 @@ class _Memory:
         if a == b:
             return
         self._parent[b] = a
-        self._members[a] += self._members.pop(b)
+        self._until[a] = max(self._until[a], self._until.pop(b))
         if not (a in self._own and b in self._own):
             self._own.discard(a)
 
@@ -111,7 +111,7 @@ class _Memory:
                 if isinstance(ref, Ref):
                     self._merge(ref.name, results[0])
 
-    def free_after(self, node: Node, index: int, last_use: Mapping[str, int]) -> bool:
+    def free_after(self, node: Node, index: int) -> bool:
         """Whether the first argument's memory is this graph's own, and ``node`` is the last that can see it."""
         first = node.args[0]
         if not isinstance(first, Ref):
@@ -120,7 +120,7 @@ class _Memory:
         if root not in self._own:
             return False
         others = {self.root(ref.name) for ref in references(node) if isinstance(ref, Ref) and ref.name != first.name}
-        return root not in others and all(last_use.get(name, -1) <= index for name in self._members[root])
+        return root not in others and self._until[root] <= index
 
     def join(self, node: Node) -> None:
         """Enter that the result of ``node`` takes the memory of its first argument."""

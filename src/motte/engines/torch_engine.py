@@ -264,7 +264,7 @@ class TorchEngine:
         """View ``buffer`` as the weight ``name`` of ``graph``; copies nothing, and the tensor keeps the buffer alive.
 
         ``buffer`` holds exactly the weight's bytes in its memory order. Let it start at a multiple of 64 bytes, as
-        torch's own allocations do: matrix kernels may round differently at other addresses.
+        torch's own allocations do, so that kernels see what they see in eager.
 
         Raises:
             InputError: the buffer has another length, or does not start at a multiple of the element size.

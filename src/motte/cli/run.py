@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 _INPUTS, _TRUST, _WORKER = "Inputs and answers", "Trust", "Worker"
-_FILE_ENDINGS = (".txt", ".npy", "/")
-"""Texts that :func:`motte.run.inputs.read_inputs` takes for files."""
 _FIRST = {"since": "inputs joined to a batch", "until": "answer received"}
 
 
@@ -188,10 +186,6 @@ def _given(inputs: Sequence[Path] | None, texts: Sequence[str] | None) -> list[P
     for path in inputs or ():
         if not path.exists():
             raise InputError("no such input", where=str(path))
-    for each in texts or ():
-        if each.endswith(_FILE_ENDINGS):
-            hint = "give --input FILE if it is one; otherwise let the text end in another way"
-            raise SettingError("this text reads as the name of a file", where="--text", got=each[-40:], hint=hint)
     return given
 
 

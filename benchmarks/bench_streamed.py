@@ -7,8 +7,8 @@ every weight again for every answer. SIMULATED: no hardware protection.
 
 Memory, from the kernel's books of the worker: how far its resident set grew at its highest over what it was before any
 part was opened. Activations and the engine's scratch are in that, too. What they take is measured with a second worker
-that holds the same parts resident and runs the same input as often: its growth less all weights. The difference of the two
-is the weight memory that was really held beside the engine's copies, which are computed and added. The two
+that holds the same parts resident and runs the same input as often: its growth less all weights. The difference of the
+two is the weight memory that was really held beside the engine's copies, which are computed and added. The workers'
 allocators fragment differently, more so at a larger batch: read the difference with that in mind.
 """
 

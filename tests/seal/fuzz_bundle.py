@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
 VECTORS = Path(__file__).parent.parent / "vectors"
+MAX_DATA_BYTES = 1 << 30
 
 
 def check(data: bytes) -> None:
@@ -91,8 +93,14 @@ def must_be(found: bytes | bytearray, section: int) -> None:
 
 
 def main() -> None:
-    """Run atheris with the options of the command line."""
+    """Run atheris with the options of the command line, in at most 1 GiB of data.
+
+    The bound is the kernel's and not libFuzzer's ``-rss_limit_mb``: that one reads a peak which a process inherits from
+    the one that started it, such as a test run that has loaded models.
+    """
     import atheris
+
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
 
     with atheris.instrument_imports(include=["motte"]):
         import motte.seal.inspection

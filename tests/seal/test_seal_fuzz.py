@@ -204,7 +204,7 @@ def test_atheris_finds_nothing(tmp_path: Path) -> None:
         data = path.read_bytes()
         (tmp_path / path.name).write_bytes(b"\x00" + data)
         (tmp_path / f"{path.name}.header").write_bytes(b"\x01" + data[12 : 12 + int.from_bytes(data[8:12], "big")])
-    command = [sys.executable, str(HERE / "fuzz_bundle.py"), "-runs=5000", "-max_len=8192", "-rss_limit_mb=1024"]
+    command = [sys.executable, str(HERE / "fuzz_bundle.py"), "-runs=5000", "-max_len=8192", "-rss_limit_mb=0"]
     done = subprocess.run(
         [*command, "-max_total_time=60", "-seed=1", str(tmp_path)],
         capture_output=True,

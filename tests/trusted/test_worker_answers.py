@@ -84,6 +84,9 @@ def test_streamed_arena_holds_two_neighbours_and_no_more(sealed) -> None:
         held = model.stats()["weight_arena_bytes"]
         assert neighbours <= held <= neighbours + 4096
         assert held < sum(sizes)
+        model(torch.zeros(1, 3, 16, 16))
+        # The kernel's count of what is in memory, in whole pages.
+        assert 0 < model.stats()["weight_resident_bytes"] <= held + 4096
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ class FrameHeader:
         return HEADER.pack(MAGIC, VERSION, self.kind, flags, self.sequence, self.meta_bytes, self.body_bytes)
 
 
-def encode_payload(frame: Frame) -> tuple[bytes, bytearray]:
-    """The JSON of ``meta`` (with the tensors' types) and the body.
+def encode_payload(frame: Frame) -> tuple[bytearray, int]:
+    """The JSON of ``meta`` (with the tensors' types) and behind it the body, in one buffer; and the length of the JSON.
 
     Raises:
         FrameError: a tensor whose bytes do not match its type, or a payload beyond the bounds.
@@ -109,9 +109,8 @@ def encode_payload(frame: Frame) -> tuple[bytes, bytearray]:
             )
         types.append({"dtype": tensor.dtype, "shape": list(tensor.shape)})
     meta = canonical({"fields": dict(frame.meta), "tensors": types})
-    body = bytearray().join(tensor.data for tensor in frame.tensors)
-    _bound(frame.kind, len(meta), len(body))
-    return meta, body
+    _bound(frame.kind, len(meta), sum(tensor.bytes for tensor in frame.tensors))
+    return bytearray().join((meta, *(tensor.data for tensor in frame.tensors))), len(meta)
 
 
 def decode_header(raw: bytes, *, peer: str) -> FrameHeader:

@@ -19,7 +19,8 @@ Direction = Literal["sent", "received"]
 Recorder = Callable[[Direction, bytes], None]
 """Called with the exact bytes of every frame that crosses."""
 
-_COPY_BYTES = 1 << 20
+_STEP_BYTES = 4 << 20
+"""By how much the receiving buffer grows at a time."""
 
 
 class Link:
@@ -65,20 +66,21 @@ class Link:
             PeerStalled: the peer did not take it within ``timeout_s``.
             PeerClosed: the peer closed the link.
         """
-        meta, body = encode_payload(frame)
-        header = FrameHeader(frame.kind, self._seal is not None, self._sent, len(meta), len(body))
+        plain, meta_bytes = encode_payload(frame)
+        header = FrameHeader(frame.kind, self._seal is not None, self._sent, meta_bytes, len(plain) - meta_bytes)
         raw = header.encode()
-        payload: bytes | bytearray = meta + body
-        if self._seal is not None:
-            payload = self._seal.seal(memoryview(payload), raw)
-        data = memoryview(raw + payload)
-        self._record("sent", data)
+        payload = plain if self._seal is None else self._seal.seal(memoryview(plain), raw)
+        self._record("sent", raw, payload)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        offset = 0
+        left = [memoryview(raw), memoryview(payload)]
         try:
-            while offset < len(data):
+            while left:
                 self._arm(deadline)
-                offset += self._socket.send(data[offset : offset + _COPY_BYTES])
+                sent = self._socket.sendmsg(left)
+                while left and sent >= len(left[0]):
+                    sent -= len(left.pop(0))
+                if left:
+                    left[0] = left[0][sent:]
         except TimeoutError as problem:
             raise PeerStalled(
                 "no progress while sending", where=self._peer, expected=f"within {timeout_s:g} s"
@@ -86,7 +88,7 @@ class Link:
         except OSError as problem:
             raise PeerClosed("the link was closed while sending", where=self._peer, got=str(problem)) from problem
         self._sent += 1
-        self.bytes_sent += len(data)
+        self.bytes_sent += len(raw) + len(payload)
 
     def receive(self, *, timeout_s: float | None = None) -> Frame:
         """Receive one frame: copied in, checked, then returned.
@@ -109,7 +111,7 @@ class Link:
                 "frame in the wrong state", where=self._peer, expected="clear" if header.sealed else "sealed"
             )
         payload = self._exactly(header.payload_bytes, deadline, timeout_s)
-        self._record("received", raw + payload)
+        self._record("received", raw, payload)
         if self._open is not None and not refused:
             self._clear_error_allowed = False
             try:
@@ -128,15 +130,17 @@ class Link:
     def _exactly(self, count: int, deadline: float | None, timeout_s: float | None) -> bytearray:
         # Grows as bytes arrive, so that a header that promises a gigabyte costs its sender a gigabyte, not us.
         data = bytearray()
+        done = 0
         try:
-            while len(data) < count:
+            while done < count:
+                if done == len(data):
+                    data += bytes(min(count - done, _STEP_BYTES))
                 self._arm(deadline)
-                piece = self._socket.recv(min(count - len(data), _COPY_BYTES))
-                if not piece:
-                    raise PeerClosed(
-                        "the link was closed", where=self._peer, expected=f"{count} bytes", got=f"{len(data)}"
-                    )
-                data += piece
+                with memoryview(data) as view:
+                    got = self._socket.recv_into(view[done:])
+                if not got:
+                    raise PeerClosed("the link was closed", where=self._peer, expected=f"{count} bytes", got=f"{done}")
+                done += got
         except TimeoutError as problem:
             raise PeerStalled("no answer in time", where=self._peer, expected=f"within {timeout_s:g} s") from problem
         except OSError as problem:
@@ -152,9 +156,9 @@ class Link:
             raise TimeoutError
         self._socket.settimeout(left)
 
-    def _record(self, direction: Direction, data: bytes | bytearray | memoryview) -> None:
+    def _record(self, direction: Direction, header: bytes, payload: bytes | bytearray) -> None:
         if self._recorder is not None:
-            self._recorder(direction, bytes(data))
+            self._recorder(direction, header + payload)
 
 
 __all__ = ["TAG_BYTES", "Direction", "Frame", "Kind", "Link", "Recorder"]

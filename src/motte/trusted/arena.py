@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
+
+from motte.errors import ResourceError
 
 
 class Arena:
@@ -34,6 +37,17 @@ class Arena:
         """``count`` bytes as near to the end as ``alignment`` allows."""
         start = (self.bytes - count) // alignment * alignment
         return self.view[start : start + count]
+
+    def resident_bytes(self) -> int:
+        """How much of the block the kernel holds in memory now, by mincore(2), in whole pages."""
+        pages = -(-len(self._map) // mmap.PAGESIZE)
+        held = (ctypes.c_ubyte * pages)()
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mincore(ctypes.c_void_p(self._address()), ctypes.c_size_t(len(self._map)), held) != 0:
+            raise ResourceError(
+                "the kernel does not tell which pages are in memory", got=os.strerror(ctypes.get_errno())
+            )
+        return sum(page & 1 for page in held) * mmap.PAGESIZE
 
     def wipe(self) -> None:
         """Overwrite everything with zeros."""

@@ -31,6 +31,10 @@ class PartWeights(Protocol):
         """Hold the weights of part ``index`` (from 0) for the length of a ``with`` block."""
         ...
 
+    def resident_bytes(self) -> int:
+        """Bytes of ``arena_bytes`` that are in memory now, as the kernel counts."""
+        ...
+
     def close(self) -> None:
         """Wipe what is held."""
         ...
@@ -60,6 +64,10 @@ class ResidentWeights:
     def part(self, index: int) -> Iterator[Mapping[str, Array]]:
         """See :class:`PartWeights`."""
         yield self._weights[index]
+
+    def resident_bytes(self) -> int:
+        """See :class:`PartWeights`."""
+        return sum(arena.resident_bytes() for arena in self._arenas)
 
     def close(self) -> None:
         """See :class:`PartWeights`."""
@@ -105,6 +113,10 @@ class StreamedWeights:
         if len(self._parts) > 1:
             self._prefetch((index + 1) % len(self._parts))
         yield weights
+
+    def resident_bytes(self) -> int:
+        """See :class:`PartWeights`."""
+        return self._arena.resident_bytes()
 
     def close(self) -> None:
         """See :class:`PartWeights`."""

@@ -221,6 +221,7 @@ class Worker:
         loaded = self._held()
         return {
             "weight_arena_bytes": loaded.weights.arena_bytes,
+            "weight_resident_bytes": loaded.weights.resident_bytes(),
             "engine_copy_bytes": max(copy_bytes(part.part.graph) for part in loaded.parts),
             "weights_locked": loaded.weights.locked,
             "rss_before_open_bytes": loaded.rss_before_open_bytes,

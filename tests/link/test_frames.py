@@ -24,7 +24,7 @@ from motte.link.frames import (
     encode_payload,
 )
 from motte.link.local import Link
-from motte.provision.grant import SessionKeys, make_grant, open_grant
+from motte.provision.grant import GRANT_BYTES, SessionKeys, make_grant, open_grant
 from motte.seal.primitives import hpke_seal, new_x25519
 from motte.seal.reader import KeyEncryptionKey
 from motte.strict_json import canonical
@@ -279,6 +279,7 @@ def test_grant_opens_only_for_its_worker_bundle_and_release() -> None:
     kek = KeyEncryptionKey.from_bytes(bundle + (3).to_bytes(8, "big") + b"k" * 32)
     sealed, keys = make_grant(kek, public, bundle_id=bundle, release=3)
     opened, session = open_grant(sealed, private, bundle_id=bundle, release=3)
+    assert len(sealed) == GRANT_BYTES
     assert opened.to_bytes() == kek.to_bytes()
     assert (session.to_worker, session.to_client) == (keys.to_worker, keys.to_client)
     assert b"k" * 8 not in sealed

@@ -16,6 +16,7 @@ import torch
 from motte.errors import (
     BundleError,
     DecryptError,
+    FrameError,
     KeyAccessError,
     MotteError,
     RollbackError,
@@ -159,7 +160,6 @@ def test_another_bundle_at_the_same_path_does_not_open_with_this_grant(sealed, s
 
 def test_the_worker_takes_no_order_out_of_turn(sealed) -> None:
     from motte.enclave.process import WorkerProcess
-    from motte.errors import FrameError
     from motte.link.frames import Frame, Kind
     from motte.run.model import reported
 
@@ -170,6 +170,24 @@ def test_the_worker_takes_no_order_out_of_turn(sealed) -> None:
     finally:
         worker.kill()
     assert isinstance(problem, FrameError)
+    assert fatal
+
+
+@pytest.mark.parametrize("sealed_grant", ["00", "zz" * 168, "00" * 168, 7])
+def test_a_grant_that_is_none_is_refused(sealed, sealed_grant: object) -> None:
+    from motte.enclave.process import WorkerProcess
+    from motte.link.frames import Frame, Kind
+    from motte.run.model import LoadSettings, _open_meta, reported
+
+    worker = WorkerProcess(threads=1)
+    try:
+        meta = _open_meta(sealed.path, sealed.signer.public, LoadSettings(threads=1))
+        worker.send(Frame(Kind.OPEN, meta), timeout_s=30)
+        worker.send(Frame(Kind.GRANT, {"sealed": sealed_grant}), timeout_s=30)
+        problem, fatal = reported(worker.receive(timeout_s=60))
+    finally:
+        worker.kill()
+    assert isinstance(problem, (FrameError, DecryptError))
     assert fatal
 
 

@@ -10,10 +10,14 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-from motte.seal.primitives import ChannelCipher, hpke_open, hpke_seal
+from motte.seal.primitives import HPKE_EXTRA_BYTES, ChannelCipher, hpke_open, hpke_seal
 from motte.seal.reader import KeyEncryptionKey
 
 KEY_BYTES = 32
+KEK_BYTES = 56
+"""Of a key-encryption key on its way: bundle id, release, secret."""
+GRANT_BYTES = 2 * KEY_BYTES + KEK_BYTES + HPKE_EXTRA_BYTES
+"""Of a sealed grant, always."""
 _DOMAIN = b"motte grant 1"
 
 

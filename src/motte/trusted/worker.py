@@ -24,7 +24,7 @@ from motte.link.frames import Frame, Kind, WireTensor
 from motte.link.local import Link
 from motte.plan.costs import peak_activation_bytes
 from motte.plan.streamed import PartNeed, copy_bytes, streamed_need
-from motte.provision.grant import open_grant
+from motte.provision.grant import GRANT_BYTES, open_grant
 from motte.seal.keys import SignerPublicKey
 from motte.seal.manifest import LaidOutPart, Manifest, check_sizes, lay_out_parts, loads
 from motte.seal.primitives import new_x25519
@@ -114,7 +114,7 @@ class Worker:
         self._link.send(Frame(Kind.HELLO, {**self._hello, "protocol": PROTOCOL, "public_key": public.hex()}))
         request = OpenRequest.read(self._expect(Kind.OPEN).meta)
         grant = Fields(dict(self._expect(Kind.GRANT).meta), where="GRANT", error=FrameError)
-        sealed = bytes.fromhex(grant.text("sealed", max_bytes=8192))
+        sealed = grant.hexadecimal("sealed", length_bytes=GRANT_BYTES)
         grant.done()
         marks = [time.perf_counter()]
         demanded = SignerPublicKey.parse(request.signer)

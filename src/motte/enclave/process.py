@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +84,6 @@ class WorkerProcess:
         if sys.platform != "linux":
             raise UnsupportedError("the trusted worker runs on Linux only", got=sys.platform)
         _LOG.warning("%s (enclave kind: process)", SIMULATED)
-        began = time.perf_counter()
         ours, theirs = socket.socketpair()
         # A memfd: what a dying worker wrote can be shown, nothing reaches a disk, and a full pipe cannot block it.
         self._stderr = os.memfd_create("motte-worker-stderr")
@@ -110,7 +108,6 @@ class WorkerProcess:
         except BaseException:
             self.kill()
             raise
-        self.start_s = time.perf_counter() - began
 
     @property
     def pid(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from motte.errors import DecryptError, FrameError, PeerClosed, PeerStalled
-from motte.link.frames import HEADER, TAG_BYTES, Frame, FrameHeader, Kind, decode_header, decode_payload, encode_payload
+from motte.link.frames import HEADER, Frame, FrameHeader, Kind, decode_header, decode_payload, encode_payload
 from motte.seal.primitives import ChannelCipher
 
 Direction = Literal["sent", "received"]
@@ -41,8 +41,6 @@ class Link:
         self._seal: ChannelCipher | None = None
         self._open: ChannelCipher | None = None
         self._clear_error_allowed = False
-        self.bytes_sent = 0
-        self.bytes_received = 0
 
     def secure(self, *, sending: ChannelCipher, receiving: ChannelCipher, clear_error_first: bool = False) -> None:
         """From now on seal what is sent and accept only sealed frames.
@@ -88,7 +86,6 @@ class Link:
         except OSError as problem:
             raise PeerClosed("the link was closed while sending", where=self._peer, got=str(problem)) from problem
         self._sent += 1
-        self.bytes_sent += len(raw) + len(payload)
 
     def receive(self, *, timeout_s: float | None = None) -> Frame:
         """Receive one frame: copied in, checked, then returned.
@@ -119,7 +116,6 @@ class Link:
             except DecryptError as problem:
                 raise FrameError("frame is not authentic", where=self._peer, got=header.kind.name) from problem
         self._received += 1
-        self.bytes_received += HEADER.size + header.payload_bytes
         view = memoryview(payload)
         return decode_payload(header, bytes(view[: header.meta_bytes]), view[header.meta_bytes :], peer=self._peer)
 
@@ -159,6 +155,3 @@ class Link:
     def _record(self, direction: Direction, header: bytes, payload: bytes | bytearray) -> None:
         if self._recorder is not None:
             self._recorder(direction, header + payload)
-
-
-__all__ = ["TAG_BYTES", "Direction", "Frame", "Kind", "Link", "Recorder"]

@@ -31,9 +31,9 @@ from motte.seal.keys import RecipientPrivateKey, SignerPublicKey, load_public
 from motte.seal.keys import load as load_key
 from motte.seal.reader import open_bundle
 from motte.strict_json import Fields
+from motte.trusted.weights import MODES
 
 _LOG = logging.getLogger("motte")
-MODES = ("resident", "streamed")
 DEFAULT_TIMEOUT_S = 120.0
 
 

@@ -9,7 +9,7 @@ from motte.capture.graph import Graph
 from motte.engines.interface import Array, Program
 from motte.split.split import Part
 
-PartWeights = Callable[[int], AbstractContextManager[Mapping[str, Array]]]
+WeightsOfPart = Callable[[int], AbstractContextManager[Mapping[str, Array]]]
 """Gives the weights of part ``index`` (from 0) for the length of a ``with`` block."""
 
 
@@ -18,7 +18,7 @@ def run_parts(
     programs: Sequence[Program],
     graph: Graph,
     inputs: list[Array],
-    weights: PartWeights,
+    weights: WeightsOfPart,
     dims: Mapping[str, int],
 ) -> list[Array]:
     """Run every part once, in order.

@@ -46,6 +46,3 @@ def harden() -> Hardening:
     prctl(_PR_SET_DUMPABLE, 0)
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
     return Hardening(bool(prctl(_PR_GET_DUMPABLE, 0)), resource.getrlimit(resource.RLIMIT_CORE)[1], True)
-
-
-__all__ = ["Hardening", "harden"]

@@ -16,6 +16,10 @@ from motte.trusted.arena import Arena
 _HIGH_END_ALIGNMENT = 4096
 
 
+MODES = ("resident", "streamed")
+"""The two ways, as :class:`ResidentWeights` and :class:`StreamedWeights` do them."""
+
+
 class PartWeights(Protocol):
     """Gives each part's weights while it runs.
 

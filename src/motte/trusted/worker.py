@@ -22,6 +22,7 @@ from motte.errors import FrameError, InputError, MotteError, PeerClosed, Resourc
 from motte.limits import MAX_NAME_BYTES, MAX_RELEASE, MAX_TENSOR_BYTES
 from motte.link.frames import Frame, Kind, WireTensor
 from motte.link.local import Link
+from motte.measure.memory import read_memory
 from motte.plan.costs import peak_activation_bytes
 from motte.plan.streamed import PartNeed, copy_bytes, streamed_need
 from motte.provision.grant import GRANT_BYTES, open_grant
@@ -31,11 +32,9 @@ from motte.seal.primitives import new_x25519
 from motte.seal.reader import UnlockedBundle, open_bundle
 from motte.split.chain import run_parts
 from motte.strict_json import Fields
-from motte.trusted.memory import process_memory
-from motte.trusted.weights import PartWeights, ResidentWeights, StreamedWeights
+from motte.trusted.weights import MODES, PartWeights, ResidentWeights, StreamedWeights
 
 PROTOCOL = 1
-MODES = ("resident", "streamed")
 _MAX_PATH_BYTES = 4096
 
 
@@ -79,7 +78,6 @@ class _Loaded:
     parts: tuple[LaidOutPart, ...]
     programs: list[Program]
     weights: PartWeights
-    bundle: UnlockedBundle
     stated_dims: Mapping[str, int] | None
     rss_before_open_bytes: int
     peaks: dict[tuple[tuple[str, int], ...], int]
@@ -135,14 +133,14 @@ class Worker:
         dims = self._stated_dims(manifest, request) if streamed or request.stated_dims else None
         if request.weight_memory_bytes:
             _refuse_above(parts, request, streamed)
-        before = process_memory()["rss_bytes"]
+        before = read_memory().rss_bytes
         marks.append(time.perf_counter())
         holder = StreamedWeights if streamed else ResidentWeights
         weights: PartWeights = holder(bundle, parts, self._engine, threads=request.open_threads)
         marks.append(time.perf_counter())
         programs = [self._engine.compile(part.part.graph) for part in parts]
         marks.append(time.perf_counter())
-        self._loaded = _Loaded(manifest, parts, programs, weights, bundle, dims, before, {})
+        self._loaded = _Loaded(manifest, parts, programs, weights, dims, before, {})
         self._link.send(Frame(Kind.READY, self._ready(marks)))
 
     def _stated_dims(self, manifest: Manifest, request: OpenRequest) -> dict[str, int]:
@@ -218,14 +216,16 @@ class Worker:
         return loaded.peaks[key]
 
     def _memory(self) -> dict[str, Any]:
-        loaded = self._held()
+        # The worker's own books: it is not dumpable, and hides from an unprivileged sampler outside.
+        loaded, memory = self._held(), read_memory()
         return {
             "weight_arena_bytes": loaded.weights.arena_bytes,
             "weight_resident_bytes": loaded.weights.resident_bytes(),
             "engine_copy_bytes": max(copy_bytes(part.part.graph) for part in loaded.parts),
             "weights_locked": loaded.weights.locked,
             "rss_before_open_bytes": loaded.rss_before_open_bytes,
-            **process_memory(),
+            "rss_bytes": memory.rss_bytes,
+            "rss_peak_bytes": memory.peak_rss_bytes,
         }
 
     def _held(self) -> _Loaded:

@@ -16,10 +16,12 @@ MotteError
 |   |-- RollbackError     a release below the demanded minimum
 |   |-- DecryptError      an authentication tag does not match
 |   |-- KeyAccessError    no key that we hold opens it
-|   `-- MismatchError     the parts do not answer as the whole
+|   |-- MismatchError     the parts do not answer as the whole
+|   `-- IntegrityError    the accelerator's answer is not the product that was asked for
 |-- LinkError             the other side of a link
 |   |-- PeerClosed        closed it, or ended
-|   `-- PeerStalled       did not take or give a frame in time
+|   |-- PeerStalled       did not take or give a frame in time
+|   `-- PeerRefused       answered with an error of its own
 |-- WorkerError           the trusted worker
 |   |-- WorkerDied        ended, with its exit status or signal
 |   |-- WorkerStalled     did not answer within its time limit, and was killed
@@ -151,6 +153,10 @@ class MismatchError(TrustError):
     """The parts do not answer as the whole."""
 
 
+class IntegrityError(TrustError):
+    """The accelerator's answer is not the product that was asked for, or not finite. It lies, or it is broken."""
+
+
 class LinkError(MotteError):
     """The other side of a link failed."""
 
@@ -161,6 +167,10 @@ class PeerClosed(LinkError):
 
 class PeerStalled(LinkError):
     """The other side did not take or give a frame in time."""
+
+
+class PeerRefused(LinkError):
+    """The other side answered with an error of its own. Its words are **unverified**."""
 
 
 class WorkerError(MotteError):

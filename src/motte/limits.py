@@ -11,6 +11,11 @@ GIB: Final = 1 << 30
 # --- data sets and inputs -----------------------------------------------------------------------------------------
 MAX_DATASET_BYTES: Final = 2 * GIB
 """One file of a data set, decompressed."""
+MAX_DATASET_RECORDS: Final = 1 << 24
+"""Records of one split of a data set."""
+MAX_DATASET_CLASSES: Final = 1 << 16
+MAX_PHOTO_FILE_BYTES: Final = 256 * MIB
+"""One encoded photo of a data set."""
 MAX_IMAGE_PIXELS: Final = 64 * MIB
 """One input image; larger ones are refused before they are decoded."""
 MAX_INPUT_TEXT_BYTES: Final = 1 * MIB
@@ -53,6 +58,37 @@ MAX_RELEASE: Final = (1 << 53) - 1
 MAX_FRAME_BYTES: Final = 1 * GIB
 MAX_FRAME_META_BYTES: Final = 1 * MIB
 MAX_FRAME_TENSORS: Final = 1024
+MAX_CALL_META_BYTES: Final = 64 * KIB
+"""Descriptors and other fields of one frame to or from an accelerator, without its header and tensors."""
+MAX_CALL_TENSORS: Final = 8
+"""Tensors of one such frame, and places for answers."""
+MAX_REGION_BYTES: Final = 64 * GIB
+"""Memory that is shared with one accelerator."""
+MAX_ACCELERATOR_CLIENTS: Final = 16
+"""Connections that one accelerator serves at a time, those that have not said who they are included."""
+MAX_TOKEN_BYTES: Final = 4 * KIB
+"""A file with the token that lets a client in."""
+MAX_CERTIFICATE_BYTES: Final = 64 * KIB
+MAX_RECORDING_BYTES: Final = 1 << 40
+"""One file of recorded frames."""
+
+# --- linear operators and the accelerator ---------------------------------------------------------------------------
+MAX_OPERATION_CHANNELS: Final = 1 << 20
+"""Input or output channels (features) of one linear operator."""
+MAX_KERNEL_EXTENT: Final = 4096
+"""Kernel extent, stride, padding or dilation along one axis."""
+MAX_ACCELERATOR_LAYERS: Final = 65_536
+MAX_HELD_INPUTS: Final = 65_536
+"""Inputs that one accelerator keeps for the backward pass at a time."""
+
+# --- checkpoints and logs of a training run -----------------------------------------------------------------------
+MAX_CHECKPOINT_TENSORS: Final = 1_000_000
+MAX_CHECKPOINT_EPOCHS: Final = 1_000_000
+"""Epochs in the history that a checkpoint carries."""
+MAX_LOG_HEADER_BYTES: Final = 1 * MIB
+MAX_LOG_ENTRY_BYTES: Final = 1 * MIB
+"""One entry of a sealed log, encrypted."""
+MAX_LOG_FILE_BYTES: Final = 4 * GIB
 
 # --- records (docs/spec/records.md) -------------------------------------------------------------------------------
 MAX_RECORD_BYTES: Final = 4 * MIB

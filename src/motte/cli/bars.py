@@ -47,4 +47,7 @@ def live_bar(console: Console, text: str, *, total: int | None, in_bytes: bool) 
             else:
                 live.update(task, completed=done, total=whole)
 
-        yield Bar(move)
+        def describe(text: str) -> None:
+            live.update(task, description=printable(text))
+
+        yield Bar(move, describe)

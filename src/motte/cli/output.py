@@ -130,8 +130,18 @@ def _console(stream: TextIO) -> Console:
 class Bar:
     """A progress bar that runs, or nothing at all."""
 
-    def __init__(self, move: Callable[[int | None, int | None, int], None] | None) -> None:
+    def __init__(
+        self,
+        move: Callable[[int | None, int | None, int], None] | None,
+        describe: Callable[[str], None] | None = None,
+    ) -> None:
         self._move = move
+        self._describe = describe
+
+    def describe(self, text: str) -> None:
+        """Say another text beside the bar from now on."""
+        if self._describe is not None:
+            self._describe(text)
 
     def advance(self, count: int) -> None:
         """``count`` more are done."""

@@ -1,7 +1,7 @@
 """Parts -> bundle: one file ``NAME.motte`` of sealed sections behind a signed header (docs/spec/bundle.md).
 
 The format works on bytes and knows nothing of graphs; only ``manifest`` and ``package``, on top of it, do. In the
-order in which a bundle comes to be and is used: ``primitives`` (the one file that calls AEAD, HPKE and signatures),
+order in which a bundle comes to be and is used: ``primitives`` (AEAD, HPKE and signatures),
 ``keys``, ``header``, ``writer``, ``reader``, ``recipients``, ``inspection``, ``unseal``; beneath them ``checks`` (the
 numbered checks), ``pool`` (chunks on several threads) and ``atomic`` (a file that appears whole or not at all).
 """

@@ -1,4 +1,7 @@
-"""Every call of a cryptographic primitive: for bundles, keys and the channel to the worker. Nothing else calls one.
+"""The cryptographic primitives of bundles, keys and the channel to the worker.
+
+Two more files call one: ``seal/keystream.py`` (bits for noise) and ``seal/tls.py`` (certificates for a link to another
+machine). A test holds the list.
 
 Each use has its own domain string, so that no output of one can stand in for another's. All primitives come from
 ``cryptography`` (OpenSSL); none is written here. The choices:
@@ -21,6 +24,9 @@ is new whenever the header is signed, far below the 2^32 at which random nonces 
 
 HPKE base mode, X25519 + HKDF-SHA256 + AES-256-GCM (RFC 9180), for keys sent to somebody's public key: a standard with
 published vectors, single-shot, bound to its context by ``info``. It does not say who sent; the signature does.
+
+HKDF-SHA256 (RFC 5869) for keys that follow from another one: a person who holds one private key then needs no second
+file for the key that signs their checkpoints and logs. The purpose is bound, so no two uses share a key.
 
 Ed25519 (RFC 8032) for signatures: deterministic, so that no bad random number leaks the key. OpenSSL accepts public
 keys of small order, for which anyone can make a signature; they are refused here.
@@ -65,6 +71,8 @@ _WRAP_DOMAIN: Final = b"motte-bundle-1 data key\x00"
 _KEK_DOMAIN: Final = b"motte-bundle-1 key-encryption key\x00"
 _HPKE_DOMAIN: Final = b"motte-hpke-1\x00"
 _CHANNEL_DOMAIN: Final = b"motte-channel-1\x00"
+_DERIVED_DOMAIN: Final = b"motte-derived-key-1\x00"
+_LOG_DOMAIN: Final = b"motte-log-1 header\x00"
 _KEY_ID_DOMAIN: Final = b"motte-key-id-1\x00"
 
 # The y-coordinates of the eight points of small order, with the non-canonical encodings of 0 and 1 (p and p + 1).
@@ -264,6 +272,36 @@ def verify_header(public: bytes, signature: bytes, signed: bytes) -> None:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _HEADER_DOMAIN + signed)
     except (InvalidSignature, ValueError) as problem:
         raise SignatureError("the header is not signed by this key, or was altered") from problem
+
+
+def sign_log(private: bytes, signed: bytes) -> bytes:
+    """Sign the front of a sealed log: 64 bytes."""
+    return Ed25519PrivateKey.from_private_bytes(private).sign(_LOG_DOMAIN + signed)
+
+
+def verify_log(public: bytes, signature: bytes, signed: bytes) -> None:
+    """Return only if ``signature`` over the **unverified** front of a log is by ``public``.
+
+    Raises:
+        SignatureError: it is not.
+    """
+    try:
+        if not ed25519_usable(public):
+            raise InvalidSignature
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, _LOG_DOMAIN + signed)
+    except (InvalidSignature, ValueError) as problem:
+        raise SignatureError("the log is not signed by this key, or was altered") from problem
+
+
+# --- derived keys -------------------------------------------------------------------------------------------------
+
+
+def derived_key(secret: bytes, purpose: bytes) -> bytes:
+    """32 secret bytes that follow from the 32 bytes of a private key and a purpose, and say nothing of the key."""
+    if len(secret) != KEY_BYTES:
+        raise InputError("not a private key", expected=f"{KEY_BYTES} bytes", got=f"{len(secret)} bytes")
+    kdf = HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=_DERIVED_DOMAIN + purpose)
+    return kdf.derive(secret)
 
 
 # --- names of keys ------------------------------------------------------------------------------------------------

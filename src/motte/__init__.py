@@ -1,10 +1,12 @@
-"""motte runs a PyTorch model in sealed parts that open only inside a trusted process.
+"""motte splits a PyTorch model between a small trusted process and a large untrusted machine.
 
-    capture -> plan -> split -> seal -> provision -> run
+    capture -> plan -> split -> seal -> provision -> run (offload)
 
 >>> import motte
 >>> with motte.load("model.motte", keys="me.key", signer="owner.pub") as model:   # doctest: +SKIP
 ...     y = model(x)
+
+>>> model = motte.protect(model, motte.Asymmetric(noise=None), accelerator="unix:/run/a.sock")   # doctest: +SKIP
 
 Everything is loaded when first used: ``import motte`` loads neither torch nor numpy.
 """
@@ -21,8 +23,22 @@ if sys.platform != "linux":
     )
 
 if TYPE_CHECKING:
+    from motte.accelerator.connect import connect
+    from motte.accelerator.process import LocalAccelerator
     from motte.capture.export import capture as capture_model
     from motte.errors import MotteError
+    from motte.offload.protect import protect
+    from motte.offload.settings import (
+        Asymmetric,
+        Energy,
+        Entropy,
+        Fixed,
+        Gaussian,
+        LowRank,
+        Mechanism,
+        Residual,
+        Schedule,
+    )
     from motte.run.model import LoadSettings, Model, load
     from motte.seal.package import seal_model
 
@@ -35,9 +51,46 @@ _PUBLIC = {
     "LoadSettings": ("motte.run.model", "LoadSettings"),
     "Model": ("motte.run.model", "Model"),
     "MotteError": ("motte.errors", "MotteError"),
+    "protect": ("motte.offload.protect", "protect"),
+    "connect": ("motte.accelerator.connect", "connect"),
+    "LocalAccelerator": ("motte.accelerator.process", "LocalAccelerator"),
+    **{
+        name: ("motte.offload.settings", name)
+        for name in (
+            "Asymmetric",
+            "Energy",
+            "Entropy",
+            "Fixed",
+            "Gaussian",
+            "LowRank",
+            "Mechanism",
+            "Residual",
+            "Schedule",
+        )
+    },
 }
 
-__all__ = ["LoadSettings", "Model", "MotteError", "__version__", "capture_model", "load", "seal_model"]
+__all__ = [
+    "Asymmetric",
+    "Energy",
+    "Entropy",
+    "Fixed",
+    "Gaussian",
+    "LoadSettings",
+    "LocalAccelerator",
+    "LowRank",
+    "Mechanism",
+    "Model",
+    "MotteError",
+    "Residual",
+    "Schedule",
+    "__version__",
+    "capture_model",
+    "connect",
+    "load",
+    "protect",
+    "seal_model",
+]
 
 
 def __getattr__(name: str) -> Any:

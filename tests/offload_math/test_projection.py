@@ -1,0 +1,129 @@
+"""Operators with few channels, against the ordinary kernels; and random coefficients that nobody can foresee."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from motte.linear import compute
+from motte.linear.operation import LinearOperation
+from motte.offload import projection
+from motte.offload.projection import GRID, SPREAD, Geometry, draw, energies, few_channels, mix, spread_maps
+
+
+@pytest.mark.parametrize("ordinary", [False, True])
+def test_few_channels_equal_the_operator_and_its_transpose(
+    cases: Any, monkeypatch: pytest.MonkeyPatch, ordinary: bool
+) -> None:
+    monkeypatch.setattr(projection, "_MOST_OFFSETS", 0 if ordinary else 10**9)
+    monkeypatch.setattr(projection, "_WASTE", 10**9)
+    for case in cases(48, 4, batches=(1, 2)):
+        operation, few = case.operation, 2
+        if operation.family != "conv":
+            continue
+        geometry = Geometry.of(operation)
+        groups, inputs = operation.groups, operation.in_channels // operation.groups
+        x, _, _ = case.tensors()
+        narrow = LinearOperation(
+            "conv",
+            operation.in_channels,
+            groups * few,
+            *(operation.kernel, operation.stride, operation.padding, operation.dilation, operation.output_padding),
+            groups,
+        )
+        weight = torch.randn(narrow.weight_shape, dtype=torch.float64)
+        y = compute.forward(narrow, x, weight)
+        arranged = weight.view(groups, few, inputs, -1)
+        got = few_channels(geometry, x, arranged, y.shape[2:], gathers=True)
+        torch.testing.assert_close(got.reshape(y.shape), y)
+        # The gradient to an input of ``few`` channels: the same geometry, the other way.
+        backwards = LinearOperation(
+            "conv",
+            groups * few,
+            operation.in_channels,
+            *(operation.kernel, operation.stride, operation.padding, operation.dilation, operation.output_padding),
+            groups,
+        )
+        kernel = torch.randn(backwards.weight_shape, dtype=torch.float64)
+        gradient = torch.randn(backwards.output_shape((len(x), groups * few, *x.shape[2:])), dtype=torch.float64)
+        want = compute.input_gradient(backwards, (len(x), groups * few, *x.shape[2:]), kernel, gradient)
+        turned = kernel.view(groups, inputs, few, -1).transpose(1, 2)
+        got = few_channels(geometry, gradient, turned, x.shape[2:], gathers=False)
+        torch.testing.assert_close(got.reshape(want.shape), want)
+
+
+def test_large_strides_take_the_ordinary_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    plain = projection.compute.forward
+
+    def spy(operation: LinearOperation, *tensors: torch.Tensor) -> torch.Tensor:
+        taken.append(operation.family)
+        return plain(operation, *tensors)
+
+    monkeypatch.setattr(projection.compute, "forward", spy)
+    geometry = Geometry(1, (4, 4), (4, 4), (0, 0), (1, 1))
+    few_channels(geometry, torch.randn(1, 3, 8, 8), torch.randn(1, 2, 3, 16), (2, 2), gathers=True)
+    few_channels(geometry, torch.randn(1, 3, 2, 2), torch.randn(1, 2, 3, 16), (8, 8), gathers=False)
+    assert taken == ["conv"]
+
+
+def test_moved_maps_give_the_weight_gradient(cases: Any) -> None:
+    for case in cases(48, 5, batches=(1, 2)):
+        operation = case.operation
+        if operation.family != "conv":
+            continue
+        x, _, gradient = case.tensors()
+        want = compute.weight_gradient(operation, x, gradient)
+        geometry, groups = Geometry.of(operation), operation.groups
+        wide_x, wide_g = x.unflatten(1, (groups, -1)).flatten(3), gradient.unflatten(1, (groups, -1)).flatten(3)
+        first = spread_maps(geometry, wide_x, x.shape[2:], gradient.shape[2:], gathers=True)
+        second = spread_maps(geometry, wide_g, gradient.shape[2:], x.shape[2:], gathers=False)
+        shape = (groups, *want.shape[:0], want.shape[0] // groups, want.shape[1], -1)
+        one = torch.einsum("bgfl,bgml->gmf", first, wide_g).reshape(shape)
+        two = torch.einsum("bgfl,bgcl->gfc", second, wide_x)
+        two = two.view(groups, shape[1], geometry.offsets, shape[2]).transpose(2, 3)
+        torch.testing.assert_close(one.reshape(want.shape), want)
+        torch.testing.assert_close(two.reshape(want.shape), want)
+
+
+def test_coefficients_are_exact_nonzero_and_not_torchs() -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = draw(4, 5000, torch.float64)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(0)
+    assert not torch.equal(draw(4, 5000, torch.float64), first)
+    assert torch.equal(first.float().double(), first)
+    assert float(first.abs().min()) >= GRID
+    assert float(first.abs().max()) < 1
+    assert torch.equal((first / GRID) % 2, torch.ones_like(first))
+    assert float(first.std()) == pytest.approx(SPREAD, rel=0.05)
+    assert abs(float(first.mean())) < 5 * SPREAD / math.sqrt(first.numel())
+
+
+@pytest.mark.parametrize("errors", [[1.0], [1.0, 1.0], [1.0] * 50, [1.0, 0.1, 0.01], [100.0] + [1.0] * 99])
+def test_small_projections_are_as_rare_as_balls_theorem_says(errors: list[float]) -> None:
+    e = torch.tensor(errors, dtype=torch.float64)
+    r = draw(40_000, len(e), torch.float64)
+    projected = (r @ e).abs() / e.norm()
+    for t in (0.5, 0.2, 0.05, 0.01):
+        bound = math.sqrt(2) * t
+        rate = float((projected <= t).double().mean())
+        assert rate <= bound + 5 * math.sqrt(bound / len(r))
+
+
+def test_energies_of_any_scale() -> None:
+    maps = torch.randn(2, 3, 4, 5) * 10.0 ** torch.linspace(-30, 30, 4).view(1, 1, 4, 1)
+    weights = 10.0 ** torch.linspace(60, -60, 4, dtype=torch.float64).expand(3, 4)
+    want = (maps.double().square() * weights.view(1, 3, 4, 1)).sum(2)
+    torch.testing.assert_close(energies(maps, weights), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(energies(maps), maps.double().square().sum(2), rtol=1e-12, atol=0)
+    assert energies(maps[:0]).shape == (0, 3, 5)
+
+
+def test_mix() -> None:
+    maps, r = torch.randn(2, 3, 4, 5), torch.randn(6, 4)
+    torch.testing.assert_close(mix(r, maps), torch.einsum("fd,bgdl->bgfl", r, maps))

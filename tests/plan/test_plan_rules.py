@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motte.capture.graph import Graph
+from motte.capture.graph import Graph, WeightRef
 from motte.errors import PlanError
 from motte.limits import MAX_PARTS
 from motte.plan.costs import costs_of
+from motte.plan.offload import OffloadPlan, PlannedLayer, PlannedRank
 from motte.plan.plan import Plan, Tile
 from motte.plan.planner import plan_parts
 from motte.plan.rules import RULES, check_plan
@@ -25,6 +26,7 @@ def some(random_graphs: ModuleType) -> tuple[Graph, Plan]:
         graph = random_graphs.random_graph(seed, 8)
         linear = [node.name for node in graph.nodes if node.op == "aten.linear.default"]
         if len(linear) > 1 and linear[0] != graph.nodes[0].name:
+            graph = tied(graph)
             plan = plan_parts(graph, parts=3, objective="memory", dims={"batch": 2})
             return graph, replace(plan, tiles=(Tile(linear[0], 2), Tile(linear[1], 2)))
     raise AssertionError("no seed gives two linear layers")
@@ -36,11 +38,43 @@ def test_a_good_plan_passes_every_rule(random_graphs: ModuleType) -> None:
     assert [rule.__doc__.split(":")[0] for rule in RULES.values()] == list(RULES)  # type: ignore[union-attr]
 
 
+def tied(graph: Graph) -> Graph:
+    """The weight of the first linear layer has a second name, ``tied.weight``."""
+    name = first_weight(graph)
+    return replace(graph, weights={**graph.weights, name: replace(graph.weights[name], aliases=("tied.weight",))})
+
+
+def first_weight(graph: Graph) -> str:
+    node = next(node for node in graph.nodes if node.op == "aten.linear.default")
+    weight = node.args[1]
+    assert isinstance(weight, WeightRef)
+    return weight.name
+
+
+def section(*layers: PlannedLayer) -> dict[str, Any]:
+    rank = PlannedRank("fixed", (2,))
+    return {
+        "offload": OffloadPlan(
+            rank=rank,
+            iterations=1,
+            decomposition="als",
+            residual_dtype="same",
+            noise=None,
+            integrity="freivalds",
+            integrity_vectors=2,
+            layers=layers,
+        )
+    }
+
+
 def broken(plan: Plan, graph: Graph) -> list[tuple[str, dict[str, Any], str]]:
     """(rule, change, line that must be marked)."""
     last = graph.nodes[-1].name
     first, second = plan.cut_after
     one, two = plan.tiles
+    weight = first_weight(graph)
+    untiled = (PlannedLayer(weight, "inside", "why"), PlannedLayer("tied", "split", "why"))
+    uncut = {"cut_after": ()}
     many = tuple(f"n{i}" for i in range(MAX_PARTS))
     return [
         ("P-1", {"graph_digest": "0" * 64}, "graph 0000"),
@@ -58,6 +92,10 @@ def broken(plan: Plan, graph: Graph) -> list[tuple[str, dict[str, Any], str]]:
         ("P-7", {"cut_after": (second, first)}, f"cut 2 after {first}"),
         ("P-7", {"cut_after": (first, first)}, f"cut 2 after {first}"),
         ("P-8", {"cut_after": (first, last)}, f"cut 2 after {last}"),
+        ("P-9", section(PlannedLayer("nowhere", "inside", "why")), "layer nowhere inside why"),
+        ("P-9", section(PlannedLayer(graph.nodes[-1].name, "split", "why")), "split why"),
+        ("P-10", section(PlannedLayer(weight, "split", "why")), f"layer {weight} split why"),
+        ("P-11", section(*untiled) | {"tiles": ()} | uncut, "layer tied split why"),
     ]
 
 

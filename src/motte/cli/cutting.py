@@ -110,6 +110,11 @@ class CutOptions:
         }
         return [name for name, value in given.items() if value is not None]
 
+    @property
+    def given(self) -> bool:
+        """Whether a way to cut was chosen."""
+        return bool(self._ways())
+
     def check(self, plan_file: Path | None = None) -> None:
         """Refuse no way to cut, two ways, and settings that the chosen way does not read.
 
@@ -189,16 +194,22 @@ class CutOptions:
 
 def _node_seconds(out: Output, built: BuiltModel, captured: Captured, dims: Mapping[str, int]) -> dict[str, float]:
     """Median time of every node here and now, with the example inputs brought to the sizes ``dims``."""
-    from motte.capture.sizes import shape_of
     from motte.engines.torch_engine import TorchEngine
 
-    inputs = [
-        _resized(example, shape_of(value.type, dims))
-        for example, value in zip(example_inputs(built, captured), captured.graph.inputs, strict=True)
-    ]
+    inputs = list(resized_inputs(built, captured, dims).values())
     with out.progress(f"timing the operations of {built.name}"):
         program = TorchEngine().compile(captured.graph)
         return program.profile(inputs, captured.weights, dims, repeats=_PROFILE_RUNS)
+
+
+def resized_inputs(built: BuiltModel, captured: Captured, dims: Mapping[str, int]) -> dict[str, Tensor]:
+    """The example inputs by name, in the order of the graph's, brought to the sizes ``dims``."""
+    from motte.capture.sizes import shape_of
+
+    return {
+        value.name: _resized(example, shape_of(value.type, dims))
+        for example, value in zip(example_inputs(built, captured), captured.graph.inputs, strict=True)
+    }
 
 
 def _resized(example: Tensor, shape: tuple[int, ...]) -> Tensor:

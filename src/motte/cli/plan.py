@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from motte.cli.building import ModelOptions, capture_model
-from motte.cli.cutting import CutOptions
+from motte.cli.cutting import CutOptions, resized_inputs
 from motte.cli.output import Column, Line, Output, bytes_text, table
+from motte.cli.placing import Offloading, PlaceOptions, offloading, placing_json, placing_lines
+from motte.cli.scheme import SchemeOptions, offload_json, offload_lines
 from motte.cli.verb import verb
 from motte.plan.plan import OBJECTIVES
 
@@ -32,20 +35,33 @@ def plan(
     out: Output,
     model: ModelOptions,
     cuts: CutOptions,
+    place: PlaceOptions,
+    scheme: SchemeOptions,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan as text to this new file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
 ) -> None:
-    """Cut a model into parts and show what each part holds and sends. Nothing is sealed."""
+    """Cut a model into parts, place its layers, and show what that costs and sends. Nothing is sealed."""
+    from motte.plan.rules import check_plan
     from motte.plan.table import plan_table
     from motte.plan.text import dumps
     from motte.seal.atomic import atomic_file
 
+    place.check(scheme)
+    if place.offload is not None and not cuts.given:
+        # Where layers run and where the model is cut are two questions; whoever asks only the first gets one part.
+        cuts = replace(cuts, parts=1)
     cuts.check()
     built = model.build(out)
     captured = capture_model(out, built)
     made = cuts.make(out, built, captured)
+    placed: Offloading | None = None
+    if place.offload is not None:
+        inputs = resized_inputs(built, captured, dict(made.dims))
+        placed = offloading(out, place, scheme, built, captured.graph, made, inputs)
+        made = replace(made, offload=placed.section)
+        check_plan(made, captured.graph)
     text = dumps(made)
     if output is not None:
         with atomic_file(output, overwrite=overwrite) as fd, os.fdopen(os.dup(fd), "wb") as file:
@@ -53,7 +69,11 @@ def plan(
     found = plan_table(made, captured.graph)
     origin = built.signature.weights_origin
     document = plan_json(made, found) | {"model": built.name, "weights_origin": origin, "plan": text}
-    out.result(document, *show_plan(built.name, origin, made, found))
+    shown = show_plan(built.name, origin, made, found)
+    if placed is not None:
+        document |= {"offload": offload_json(placed.section)} | placing_json(placed)
+        shown += [*placing_lines(placed), *offload_lines(placed.section)[1:]]
+    out.result(document, *shown)
     if output is not None:
         out.note(f"plan written to {output}; seal with --plan {output}")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from motte.plan.offload import OffloadPlan
+
 OBJECTIVES = ("weights", "memory", "time", "boundary", "published", "chosen")
 """What the parts were chosen by; ``published`` and ``chosen`` cuts came from a preset and from ``--cut-after``."""
 
@@ -23,6 +25,7 @@ class Plan:
     ``graph_digest`` is the SHA-256 of the captured graph's text, so that a plan is never applied to another model.
     ``cut_after`` are the names of the last node of every part but the last, in graph order; nodes of the *tiled*
     graph. ``batch`` and the other dynamic dimensions (``dims``) are the sizes at which memory was counted.
+    ``offload`` says which linear layers may leave, and how; None: nothing leaves.
     """
 
     graph_digest: str
@@ -30,6 +33,7 @@ class Plan:
     dims: tuple[tuple[str, int], ...]
     cut_after: tuple[str, ...]
     tiles: tuple[Tile, ...] = field(default=())
+    offload: OffloadPlan | None = None
 
     @property
     def parts(self) -> int:

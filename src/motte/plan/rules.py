@@ -13,8 +13,10 @@ from motte.capture.graph import Graph
 from motte.capture.text import digest
 from motte.errors import PlanError
 from motte.limits import MAX_PARTS
+from motte.plan.linear_nodes import layer_weight, linear_nodes, other_readers
+from motte.plan.offload import PlannedLayer
 from motte.plan.plan import OBJECTIVES, Plan
-from motte.plan.text import marked
+from motte.plan.text import marked, plan_lines
 from motte.plan.tile import apply_tiles, check_tile
 
 _GRAPH_LINE, _OBJECTIVE_LINE, _FIRST_DIM_LINE = 2, 3, 4
@@ -124,6 +126,52 @@ def last_part_not_empty(plan: Plan, graph: Graph) -> Iterator[Flaw]:
         yield Flaw(_first_cut_line(plan) + len(plan.cut_after) - 1, "nothing is left for the last part")
 
 
+def layers_exist(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-9: every layer of the offload section exists; a split one is a convolution or linear layer."""
+    layers = list(_layer_lines(plan))
+    linear = linear_nodes(graph)
+    nodes = {node.name for node in apply_tiles(graph, plan.tiles).nodes} if layers else set()
+    for line, layer in layers:
+        weight = layer_weight(graph, layer.name)
+        if weight is None and (layer.side == "split" or layer.name not in nodes):
+            yield Flaw(line, "no such layer", "LAYER of a weight LAYER.weight", layer.name)
+        elif layer.side == "split" and weight is not None and weight.name not in linear:
+            yield Flaw(line, "a split layer is no convolution and no linear layer", got=layer.name)
+
+
+def split_weights_serve_only_their_layer(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-10: what reads the weight of a split layer is a convolution or linear layer, and is not tiled."""
+    linear, tiled = linear_nodes(graph), {tile.node for tile in plan.tiles}
+    for line, layer in _layer_lines(plan):
+        weight = layer_weight(graph, layer.name)
+        if layer.side != "split" or weight is None:
+            continue
+        for node in other_readers(graph, weight.name):
+            yield Flaw(line, f"the weight of a split layer is also read by {node.name} ({node.op})", got=layer.name)
+        for node in linear[weight.name]:
+            if node.name in tiled:
+                yield Flaw(line, "a split layer is tiled", got=f"{layer.name}, tile {node.name}")
+
+
+def tied_weights_on_one_side(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-11: layers that share one weight are all split or all inside."""
+    sides: dict[str, tuple[str, str]] = {}
+    for line, layer in _layer_lines(plan):
+        weight = layer_weight(graph, layer.name)
+        if weight is None:
+            continue
+        name, side = sides.setdefault(weight.name, (layer.name, layer.side))
+        if side != layer.side:
+            yield Flaw(line, f"shares its weight with {name}, which is on the other side", side, layer.side)
+
+
+def _layer_lines(plan: Plan) -> Iterator[tuple[int, PlannedLayer]]:
+    layers = () if plan.offload is None else plan.offload.layers
+    # Layer lines are the last of the text.
+    first = len(plan_lines(plan)) - len(layers) + 1
+    return zip(range(first, first + len(layers)), layers, strict=True)
+
+
 def _first_cut_line(plan: Plan) -> int:
     return _FIRST_DIM_LINE + len(plan.dims) + len(plan.tiles)
 
@@ -137,5 +185,8 @@ RULES: dict[str, Callable[[Plan, Graph], Iterator[Flaw]]] = {
     "P-6": cuts_exist,
     "P-7": cuts_in_order,
     "P-8": last_part_not_empty,
+    "P-9": layers_exist,
+    "P-10": split_weights_serve_only_their_layer,
+    "P-11": tied_weights_on_one_side,
 }
 """In the order in which they run: a later rule may rely on the earlier ones."""

@@ -1,0 +1,90 @@
+"""The offload section of a plan: which linear layers run split, and under which frozen settings. Plain data, no torch.
+
+A plan stands left of :mod:`motte.offload` in the import order, so it holds words and numbers; what they mean, and the
+way to and from ``motte.offload.settings.Asymmetric``, is in :mod:`motte.offload.placement`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+Side = Literal["inside", "split"]
+RankName = Literal["fixed", "schedule", "energy", "entropy"]
+NoiseName = Literal["residual", "gradient", "update"]
+SIDES: Final[tuple[str, ...]] = get_args(Side)
+RANK_NUMBERS: Final = {"fixed": 1, "schedule": 3, "energy": 2, "entropy": 1}
+"""Rank rules and how many numbers each has: the rank; start, factor, cap; share, cap; cap."""
+NOISE_NAMES: Final[tuple[NoiseName, ...]] = get_args(NoiseName)
+ADJACENCIES: Final = ("replace", "add-remove")
+DECOMPOSITIONS: Final = ("als", "range-finder")
+RESIDUAL_DTYPES: Final = ("same", "float32", "bfloat16")
+INTEGRITIES: Final = ("freivalds", "off")
+MAX_ITERATIONS: Final = 16
+MAX_VECTORS: Final = 8
+MAX_PLANNED_RANK: Final = 65_536
+MAX_REASON_BYTES: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLayer:
+    """One linear layer: ``name`` is the path of the module that holds its weight (``features.10``), ``side`` where it
+    runs, ``reason`` one line of printable ASCII without repeated spaces."""
+
+    name: str
+    side: Side
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRank:
+    """A rank rule and its numbers, in the order of :data:`RANK_NUMBERS`. Only the share of ``energy`` is a fraction."""
+
+    rule: RankName
+    numbers: tuple[int | float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMechanism:
+    """One kind of noisy release: per-sample clip (L2), and the noise's standard deviation over that clip."""
+
+    name: NoiseName
+    clip: float
+    noise_multiplier: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedNoise:
+    """Adjacency and the mechanisms in the order of :data:`NOISE_NAMES`; ``residual`` is always there."""
+
+    adjacency: str
+    mechanisms: tuple[PlannedMechanism, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadPlan:
+    """Everything that decides what leaves, fixed at the owner's.
+
+    ``layers`` stand in the order of registration of the model. The rank of a split layer counts the split ones among
+    them: the first one that is split has position 0. A linear layer that is not listed stays inside.
+    """
+
+    rank: PlannedRank
+    iterations: int
+    decomposition: str
+    residual_dtype: str
+    noise: PlannedNoise | None
+    integrity: str
+    integrity_vectors: int
+    layers: tuple[PlannedLayer, ...]
+    scheme: str = "asymmetric"
+
+    @property
+    def split(self) -> tuple[str, ...]:
+        """Names of the layers that run split, by position."""
+        return tuple(layer.name for layer in self.layers if layer.side == "split")
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """Names of the listed layers that stay inside."""
+        return tuple(layer.name for layer in self.layers if layer.side == "inside")

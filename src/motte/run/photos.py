@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,31 +40,45 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         InputError: another format, broken, cut short, too large, or 16 bits a channel.
     """
-    try:
-        with warnings.catch_warnings():
-            # Pillow only warns up to twice its own bound, which is above ours.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=("PNG", "JPEG"))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
-        raise _too_many_pixels(path, "more") from problem
-    except MemoryError:
-        raise
-    except Exception as problem:  # decoders raise nearly anything on a broken file
-        raise _not_an_image(path, problem) from problem
-    with image:
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise _too_many_pixels(path, f"{image.width} x {image.height}")
-        if image.mode not in _EIGHT_BIT_MODES:
-            raise InputError(
-                "not 8 bits a channel", where=str(path), got=f"mode {image.mode}", hint="convert it to 8 bits"
-            )
+    return read_image(path, where=str(path))
+
+
+def read_image(source: Path | IO[bytes], *, where: str) -> Image.Image:
+    """As :func:`open_image`, from a file or from **unverified** bytes in memory; ``where`` names them in errors."""
+    with probe_image(source, where=where) as image:
         try:
             image.load()
         except MemoryError:
             raise
-        except Exception as problem:  # as above
-            raise _not_an_image(path, problem) from problem
+        except Exception as problem:  # decoders raise nearly anything on a broken file
+            raise _not_an_image(where, problem) from problem
         return image.copy()
+
+
+def probe_image(source: Path | IO[bytes], *, where: str) -> Image.Image:
+    """A photo whose header was read and whose size and mode are allowed; nothing is decoded yet. Close it.
+
+    Raises:
+        InputError: another format, too large, or 16 bits a channel.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns up to twice its own bound, which is above ours.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(source, formats=("PNG", "JPEG"))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
+        raise _too_many_pixels(where, "more") from problem
+    except MemoryError:
+        raise
+    except Exception as problem:  # as above
+        raise _not_an_image(where, problem) from problem
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        image.close()
+        raise _too_many_pixels(where, f"{image.width} x {image.height}")
+    if image.mode not in _EIGHT_BIT_MODES:
+        image.close()
+        raise InputError("not 8 bits a channel", where=where, got=f"mode {image.mode}", hint="convert it to 8 bits")
+    return image
 
 
 def prepare_image(image: Image.Image, pre: ImagePreprocessing, *, where: str = "image") -> NDArray[np.float32]:
@@ -113,10 +128,10 @@ def _centre_crop(values: NDArray[np.uint8], crop: int) -> NDArray[np.uint8]:
     return values[:, top : top + crop, start : start + crop]
 
 
-def _too_many_pixels(path: Path, got: str) -> InputError:
-    return InputError("photo too large", where=str(path), expected=f"at most {MAX_IMAGE_PIXELS} pixels", got=got)
+def _too_many_pixels(where: str, got: str) -> InputError:
+    return InputError("photo too large", where=where, expected=f"at most {MAX_IMAGE_PIXELS} pixels", got=got)
 
 
-def _not_an_image(path: Path, problem: Exception) -> InputError:
+def _not_an_image(where: str, problem: Exception) -> InputError:
     reason = "neither of the two" if isinstance(problem, UnidentifiedImageError) else str(problem)[:200]
-    return InputError("not a readable photo", where=str(path), expected="a PNG or JPEG file", got=reason)
+    return InputError("not a readable photo", where=where, expected="a PNG or JPEG file", got=reason)

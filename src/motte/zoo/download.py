@@ -1,4 +1,4 @@
-"""Fetch published weights into a cache, and believe nothing but the hash in their name.
+"""Fetch published weights into a cache, and believe nothing but the hash in their name. Data sets too, by full hash.
 
 torchvision publishes ``NAME-HASH.pth``, where HASH is the first hexadecimal digits of the file's SHA-256. A download is
 hashed while it is written under a temporary name; only a file that matches gets its final name, so the cache never
@@ -18,6 +18,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 from urllib.parse import urlsplit
@@ -95,6 +96,62 @@ def fetch(url: str, *, progress: Progress | None = None, timeout_s: float = _TIM
     if there is not None:
         return there
     final = cache_folder() / file_name(url)
+    _fetch(url, final, lambda digest: _check(digest, final, url), _WEIGHTS, progress, timeout_s)
+    return final
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What is downloaded: how errors name it, what they advise, and the most bytes that it may have."""
+
+    what: str
+    hint: str
+    max_bytes: int
+
+
+_WEIGHTS = Published("weights", _HINT, MAX_WEIGHTS_FILE_BYTES)
+
+
+def fetch_known(
+    url: str,
+    final: Path,
+    *,
+    sha256: str,
+    published: Published,
+    progress: Progress | None = None,
+    timeout_s: float = _TIMEOUT_S,
+) -> None:
+    """Download ``url`` to ``final``, a file whose whole SHA-256 is known; nothing is kept that has another.
+
+    Args:
+        sha256: 64 hexadecimal digits in lower case.
+
+    Raises:
+        ResourceError, TrustError: as :func:`fetch`.
+    """
+
+    def check(digest: str) -> None:
+        if digest != sha256:
+            raise TrustError(
+                f"the downloaded {published.what} are not the published ones; nothing was kept",
+                where=url,
+                expected=f"sha256 {sha256[:16]}...",
+                got=f"sha256 {digest[:16]}...",
+                hint="something on the way changed or replaced the file; do not use it",
+            )
+
+    _fetch(url, final, check, published, progress, timeout_s)
+
+
+def _fetch(
+    url: str,
+    final: Path,
+    check: Callable[[str], None],
+    published: Published,
+    progress: Progress | None,
+    timeout_s: float,
+) -> None:
+    """Download under a passing name; ``final`` appears only after ``check`` took the file's SHA-256."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=final.parent)
@@ -103,18 +160,19 @@ def fetch(url: str, *, progress: Progress | None = None, timeout_s: float = _TIM
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            digest = _download(url, file, progress, timeout_s)
+            digest = _download(url, file, published, progress, timeout_s)
             file.flush()
             os.fsync(file.fileno())
-        _check(digest, final, url)
+        check(digest)
         temporary.replace(final)
     except BaseException:  # Ctrl-C too leaves nothing behind
         temporary.unlink(missing_ok=True)
         raise
-    return final
 
 
-def _download(url: str, file: BinaryIO | IO[bytes], progress: Progress | None, timeout_s: float) -> str:
+def _download(
+    url: str, file: BinaryIO | IO[bytes], published: Published, progress: Progress | None, timeout_s: float
+) -> str:
     opener = urllib.request.build_opener(_SafeRedirects())
     if urlsplit(url).scheme not in ("http", "https"):
         raise InputError("not a web address", got=url)
@@ -122,7 +180,7 @@ def _download(url: str, file: BinaryIO | IO[bytes], progress: Progress | None, t
     request = urllib.request.Request(url, headers={"User-Agent": "motte"})  # noqa: S310
     try:
         with opener.open(request, timeout=timeout_s) as answer:
-            return _copy(answer, file, progress, url)
+            return _copy(answer, file, published, progress, url)
     except TrustError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as problem:  # URLError and timeouts are OSErrors
@@ -131,20 +189,26 @@ def _download(url: str, file: BinaryIO | IO[bytes], progress: Progress | None, t
             reason = str(problem)
             problem.close()
         raise ResourceError(
-            "cannot download the published weights", where=url, got=str(reason)[:200], hint=_HINT
+            f"cannot download the published {published.what}", where=url, got=str(reason)[:200], hint=published.hint
         ) from problem
 
 
-def _copy(answer: http.client.HTTPResponse, file: BinaryIO | IO[bytes], progress: Progress | None, url: str) -> str:
+def _copy(
+    answer: http.client.HTTPResponse,
+    file: BinaryIO | IO[bytes],
+    published: Published,
+    progress: Progress | None,
+    url: str,
+) -> str:
     length = answer.headers.get("Content-Length", "")
     total = int(length) if length.isdecimal() else None
     digest, done = hashlib.sha256(), 0
-    if total is not None and total > MAX_WEIGHTS_FILE_BYTES:
-        raise _too_large(url, total)
+    if total is not None and total > published.max_bytes:
+        raise _too_large(url, total, published.max_bytes)
     while block := answer.read(_READ_BYTES):
         done += len(block)
-        if done > MAX_WEIGHTS_FILE_BYTES:
-            raise _too_large(url, done)
+        if done > published.max_bytes:
+            raise _too_large(url, done, published.max_bytes)
         file.write(block)
         digest.update(block)
         if progress is not None:
@@ -156,10 +220,8 @@ def _copy(answer: http.client.HTTPResponse, file: BinaryIO | IO[bytes], progress
     return digest.hexdigest()
 
 
-def _too_large(url: str, size: int) -> TrustError:
-    return TrustError(
-        "published file too large", where=url, expected=f"at most {MAX_WEIGHTS_FILE_BYTES} bytes", got=f"{size} bytes"
-    )
+def _too_large(url: str, size: int, most: int) -> TrustError:
+    return TrustError("published file too large", where=url, expected=f"at most {most} bytes", got=f"{size} bytes")
 
 
 def _check(digest: str, final: Path, url: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,24 +28,42 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     Raises:
         InputError: not gzip, another element type, or a length that differs from the header's.
     """
+    return parse_idx(read_gzip(path), where=str(path))
+
+
+def read_gzip(path: Path) -> bytes:
+    """The content of a ``.gz`` file, at most ``MAX_DATASET_BYTES``.
+
+    Raises:
+        InputError: not gzip, cut short, or larger.
+    """
     try:
         with gzip.open(path, "rb") as file:
             data = file.read(MAX_DATASET_BYTES + 1)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError("cannot read the data file", where=str(path), got=str(error)) from error
     if len(data) > MAX_DATASET_BYTES:
         raise InputError("data file too large", where=str(path), expected=f"at most {MAX_DATASET_BYTES} bytes")
+    return data
+
+
+def parse_idx(data: bytes, *, where: str) -> NDArray[np.uint8]:
+    """**Unverified** bytes of an IDX file -> the array in the shape that the header gives (read-only).
+
+    Raises:
+        InputError: another element type, or a length that differs from the header's.
+    """
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _UNSIGNED_BYTE:
-        raise InputError("not an IDX file of unsigned bytes", where=str(path), got=data[:4].hex())
+        raise InputError("not an IDX file of unsigned bytes", where=where, got=data[:4].hex())
     dims = data[3]
     header = 4 + 4 * dims
     if len(data) < header:
-        raise InputError("IDX header cut short", where=str(path), expected=f"{header} bytes", got=f"{len(data)} bytes")
+        raise InputError("IDX header cut short", where=where, expected=f"{header} bytes", got=f"{len(data)} bytes")
     shape = struct.unpack(f">{dims}I", data[4:header])
     if len(data) - header != math.prod(shape):
         raise InputError(
             "IDX length differs from its header",
-            where=str(path),
+            where=where,
             expected=f"{math.prod(shape)} elements",
             got=f"{len(data) - header}",
         )

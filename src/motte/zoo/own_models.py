@@ -76,27 +76,43 @@ def build(name: str, weights: WeightsChoice, *, input_shape: tuple[int, ...] | N
     Raises:
         InputError: no such file or factory, an exception in it (with its line), or companions of another form.
     """
-    path, factory_name = _split(name)
+    path, _ = _split(name)
     with _importable(path.parent):
-        module = _import(path)
-        factory = getattr(module, factory_name, None)
-        if not callable(factory) or _is_module(factory):
-            raise InputError(
-                "no factory of that name",
-                where=f"{path}:{factory_name}",
-                expected="a function or class that returns an nn.Module",
-                got=type(factory).__name__ if factory is not None else "nothing",
-            )
-        with seeded(weights.random_seed):
-            model = _call(factory, f"{path}:{factory_name}")
+        module, model = _made(name, weights.random_seed)
         example = _example_of(module, path)
-    if not _is_module(model):
-        raise InputError("the factory returned no nn.Module", where=name, got=type(model).__name__)
     model.eval()
     origin = "file" if weights.random_seed is None else "random"
     if weights.file is not None:
         load_state(model, read_state(weights.file), where=str(weights.file))
     return _assemble(name, model, module, example, origin, input_shape)
+
+
+def make(name: str, *, seed: int) -> nn.Module:
+    """Import the file and call the factory under torch's seed ``seed``; **runs the user's code**. No companion is read.
+
+    Raises:
+        InputError: no such file or factory, an exception in it (with its line), or no module from it.
+    """
+    with _importable(_split(name)[0].parent):
+        return _made(name, seed)[1]
+
+
+def _made(name: str, seed: int | None) -> tuple[ModuleType, nn.Module]:
+    path, factory_name = _split(name)
+    module = _import(path)
+    factory = getattr(module, factory_name, None)
+    if not callable(factory) or _is_module(factory):
+        raise InputError(
+            "no factory of that name",
+            where=f"{path}:{factory_name}",
+            expected="a function or class that returns an nn.Module",
+            got=type(factory).__name__ if factory is not None else "nothing",
+        )
+    with seeded(seed):
+        model = _call(factory, f"{path}:{factory_name}")
+    if not _is_module(model):
+        raise InputError("the factory returned no nn.Module", where=name, got=type(model).__name__)
+    return module, model
 
 
 def _assemble(

@@ -1,0 +1,1 @@
+"""Training: data, the loop, checkpoints and logs, with a protected model or a plain one."""

@@ -1,0 +1,465 @@
+"""What a training run is: every setting, validated when it is made, and the words in which a command line says it.
+
+    --rank   fixed:8 | schedule | schedule:START,FACTOR,CAP | energy:SHARE[,CAP] | entropy[:CAP]
+    --noise  none | gaussian:residual=CLIP/SIGMA[,gradient=CLIP/SIGMA][,update=CLIP/SIGMA][,adjacency=WHICH]
+
+``gaussian:CLIP,SIGMA`` is short for residuals alone. WHICH is ``replace`` (the default) or ``add-remove``. CLIP
+is the L2 norm to which every sample's tensor is scaled down, SIGMA the noise multiplier: each value gets noise of
+standard deviation SIGMA * CLIP. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from motte.errors import SettingError
+from motte.limits import MAX_RELEASE
+from motte.offload.settings import (
+    DEFAULT_DECOMPOSITION,
+    DEFAULT_ITERATIONS,
+    Adjacency,
+    Asymmetric,
+    Decomposition,
+    Energy,
+    Entropy,
+    Fixed,
+    Gaussian,
+    Integrity,
+    LowRank,
+    Mechanism,
+    Rank,
+    Residual,
+    ResidualDtype,
+    Schedule,
+    Scheme,
+)
+
+if TYPE_CHECKING:
+    from motte.seal.keys import RecipientPrivateKey, RecipientPublicKey, SignerPrivateKey, SignerPublicKey
+
+SchemeName = Literal["asymmetric", "trusted", "accelerator", "lowrank", "residual"]
+SchedulerName = Literal["cos", "step"]
+Dtype = Literal["fp32", "bf16"]
+Evaluation = Literal["inside", "split"]
+SCHEMES: Final[tuple[str, ...]] = get_args(SchemeName)
+SPLIT_SCHEMES: Final = ("asymmetric", "lowrank", "residual")
+"""Schemes that decompose activations."""
+NOISY_SCHEMES: Final = ("asymmetric", "residual")
+"""Schemes that demand a word about noise."""
+MAX_SEED: Final = (1 << 63) - 1
+_MAX_THREADS: Final = 4096
+_NUMBER: Final = r"[0-9]{1,20}(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,3})?"
+_MECHANISM: Final = re.compile(rf"({_NUMBER})/({_NUMBER})")
+_SHORT: Final = re.compile(rf"({_NUMBER}),({_NUMBER})")
+_SHARE: Final = re.compile(_NUMBER)
+_WHOLE: Final = re.compile(r"[0-9]{1,9}")
+_DEVICE: Final = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
+_NOISE_FORM: Final = "none, or gaussian:residual=CLIP/SIGMA[,gradient=CLIP/SIGMA][,update=CLIP/SIGMA]"
+_RANK_FORM: Final = "fixed:8, schedule, schedule:2,2,32, energy:0.9 or entropy"
+
+
+class Unset(Enum):
+    """The value of a setting that has no default because none would be right."""
+
+    UNSET = "unset"
+
+
+UNSET: Final = Unset.UNSET
+PUBLISHED_RANK: Final = Schedule()
+
+
+# --- words of the command line --------------------------------------------------------------------------------------
+def parse_rank(text: str) -> Rank:
+    """``fixed:8``, ``schedule``, ``schedule:2,2,32``, ``energy:0.9``, ``energy:0.9,32``, ``entropy``, ``entropy:32``.
+
+    Raises:
+        SettingError: anything else.
+    """
+    rule, colon, rest = text.partition(":")
+    words = rest.split(",") if colon else []
+    if rule == "fixed" and len(words) == 1:
+        return Fixed(_whole_word(words[0], text))
+    if rule == "schedule" and len(words) in (0, 3):
+        return Schedule(*(_whole_word(word, text) for word in words))
+    if rule == "energy" and len(words) in (1, 2) and _SHARE.fullmatch(words[0]):
+        return Energy(float(words[0]), *(_whole_word(word, text) for word in words[1:]))
+    if rule == "entropy" and len(words) in (0, 1):
+        return Entropy(*(_whole_word(word, text) for word in words))
+    raise _not_a_rank(text)
+
+
+def rank_text(rank: Rank) -> str:
+    """The word of a rank rule; :func:`parse_rank` reads it back."""
+    if isinstance(rank, Fixed):
+        return f"fixed:{rank.rank}"
+    if isinstance(rank, Schedule):
+        return f"schedule:{rank.start},{rank.factor},{rank.cap}"
+    if isinstance(rank, Energy):
+        return f"energy:{rank.share!r},{rank.cap}"
+    return f"entropy:{rank.cap}"
+
+
+def parse_noise(text: str) -> Gaussian | None:
+    """``none``, or ``gaussian:`` and mechanisms; the module's docstring has the grammar.
+
+    Raises:
+        SettingError: anything else, a mechanism given twice, or none for residuals.
+    """
+    if text == "none":
+        return None
+    name, colon, rest = text.partition(":")
+    if name != "gaussian" or not colon:
+        raise SettingError("not a kind of noise", where="noise", expected=_NOISE_FORM, got=repr(text)[:120])
+    short = _SHORT.fullmatch(rest)
+    if short is not None:
+        return Gaussian(residual=Mechanism(float(short[1]), float(short[2])))
+    found: dict[str, str] = {}
+    for word in rest.split(","):
+        key, equals, value = word.partition("=")
+        if not equals or key not in ("residual", "gradient", "update", "adjacency"):
+            raise SettingError("unknown word of the noise", where="noise", expected=_NOISE_FORM, got=repr(word)[:120])
+        if key in found:
+            raise SettingError("given twice", where="noise", got=key)
+        found[key] = value
+    if "residual" not in found:
+        raise SettingError("no clip and sigma for residuals", where="noise", expected=_NOISE_FORM, got=repr(text)[:120])
+    adjacency = found.pop("adjacency", "replace")
+    if adjacency not in get_args(Adjacency):
+        expected = " or ".join(get_args(Adjacency))
+        raise SettingError("unknown adjacency", where="noise", expected=expected, got=repr(adjacency)[:80])
+    mechanisms = {key: _mechanism(key, value) for key, value in found.items()}
+    return Gaussian(
+        residual=mechanisms["residual"],
+        gradient=mechanisms.get("gradient"),
+        update=mechanisms.get("update"),
+        adjacency="replace" if adjacency == "replace" else "add-remove",
+    )
+
+
+def noise_text(noise: Gaussian | None) -> str:
+    """The word of a noise; :func:`parse_noise` reads it back."""
+    if noise is None:
+        return "none"
+    named = (("residual", noise.residual), ("gradient", noise.gradient), ("update", noise.update))
+    words = [f"{name}={each.clip!r}/{each.noise_multiplier!r}" for name, each in named if each is not None]
+    return "gaussian:" + ",".join([*words, f"adjacency={noise.adjacency}"])
+
+
+def _mechanism(name: str, text: str) -> Mechanism:
+    found = _MECHANISM.fullmatch(text)
+    if found is None:
+        raise SettingError(
+            "not a clip and a noise multiplier", where=f"noise {name}", expected="CLIP/SIGMA, such as 1.0/0.5", got=text
+        )
+    return Mechanism(float(found[1]), float(found[2]))
+
+
+def _whole_word(word: str, text: str) -> int:
+    if _WHOLE.fullmatch(word) is None:
+        raise _not_a_rank(text)
+    return int(word)
+
+
+def _not_a_rank(text: str) -> SettingError:
+    return SettingError("not a rank rule", where="rank", expected=_RANK_FORM, got=repr(text)[:120])
+
+
+# --- the settings ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """One training run. What stays None is filled in by :mod:`motte.train.recipe`, per model and data set.
+
+    Args:
+        model: a name that :func:`motte.train.models.build_model` knows, or ``module.py:factory``.
+        data: a name that :func:`motte.train.data.open_data` knows.
+        scheme: what runs where. ``trusted``: everything inside. ``accelerator``: everything outside, nothing protected.
+        width: multiplies the channels of the model.
+        seed: of the initial weights, the order, the augmentation, dropout.
+        data_dir, image_size: as ``open_data`` takes them.
+        subset: only so many records of each split, chosen by the seed; for short runs.
+        data_key, data_signer: open sealed data: our private key, and whose signature is demanded.
+        data_min_release: refuse older sealed data.
+        workers: threads that prepare batches ahead.
+        batch_size, epochs, lr, scheduler, lr_decay, decay_period, momentum, weight_decay: the recipe.
+        max_steps: end after so many optimizer steps in all, wherever the epoch is.
+        input_noise: standard deviation of noise on normalised training images. Earlier work did this; **no privacy
+            accounting counts it**.
+        rank, iterations, noise, decomposition, residual_dtype, integrity, trusted_layers, offload_layers: as
+            :class:`motte.offload.settings.Asymmetric` takes them. ``noise`` has no default where something may leave.
+        evaluate: ``inside``: nothing of the test split leaves. ``split``: it is evaluated as it is trained, and every
+            test record is released anew in every epoch; refused for private data.
+        delta: of the epsilon that is reported. None: that of :mod:`motte.offload.accounting`.
+        accelerator: address of one that runs already; None: a process of our own on ``device``. In a distributed run
+            ``{rank}`` in it stands for the process.
+        accelerator_pin: ``sha256:...`` of its public key, for TLS.
+        device: of the accelerator.
+        dtype: ``bf16`` = autocast. None: bf16 for ``trusted`` where the CPU has AMX, else fp32.
+        threads: of the trusted process. None: all cores.
+        memory_bytes: refuse before the start what does not fit.
+        checkpoint_dir, checkpoint_every: where, and after how many steps beside the end of each epoch.
+        checkpoint_key: opens checkpoints; they are sealed to it. None: ``data_key``.
+        checkpoint_recipients: who else can open them.
+        checkpoint_signer: signs them. None: a key derived from ``checkpoint_key``.
+        insecure_plaintext_checkpoint: neither encrypted nor signed; refused for private data and where noise is used.
+        resume: continue from ``checkpoint_dir``.
+        min_release: refuse to continue from an older checkpoint.
+        log_dir: of scalars by step. None: none are written.
+        insecure_plaintext_log: not sealed even for private data.
+        profile: the timeline of every layer too.
+        record: a file of records (docs/spec/records.md) to which the results are added.
+        insecure_plaintext_collectives: gradients between trusted processes may cross the host's network unencrypted.
+
+    Raises:
+        SettingError: a value out of range, or two that contradict each other.
+    """
+
+    model: str
+    data: str
+    scheme: SchemeName = "asymmetric"
+    width: float = 1.0
+    seed: int = 0
+    data_dir: Path | None = None
+    image_size: int | None = None
+    subset: int | None = None
+    data_key: RecipientPrivateKey | None = field(default=None, repr=False)
+    data_signer: SignerPublicKey | None = None
+    data_min_release: int = 0
+    workers: int = 0
+    batch_size: int | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    scheduler: SchedulerName | None = None
+    lr_decay: float | None = None
+    decay_period: int | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    max_steps: int | None = None
+    input_noise: float = 0.0
+    rank: Rank = PUBLISHED_RANK
+    iterations: int = DEFAULT_ITERATIONS
+    noise: Gaussian | Unset | None = UNSET
+    decomposition: Decomposition = DEFAULT_DECOMPOSITION
+    residual_dtype: ResidualDtype = "same"
+    integrity: Integrity = "freivalds"
+    trusted_layers: tuple[str, ...] | None = None
+    offload_layers: tuple[str, ...] | None = None
+    evaluate: Evaluation = "inside"
+    delta: float | None = None
+    accelerator: str | None = None
+    accelerator_pin: str | None = None
+    device: str = "cpu"
+    dtype: Dtype | None = None
+    threads: int | None = None
+    memory_bytes: int | None = None
+    checkpoint_dir: Path | None = None
+    checkpoint_every: int | None = None
+    checkpoint_key: RecipientPrivateKey | None = field(default=None, repr=False)
+    checkpoint_recipients: tuple[RecipientPublicKey, ...] = ()
+    checkpoint_signer: SignerPrivateKey | None = field(default=None, repr=False)
+    insecure_plaintext_checkpoint: bool = False
+    resume: bool = False
+    min_release: int = 0
+    log_dir: Path | None = None
+    insecure_plaintext_log: bool = False
+    profile: bool = False
+    record: Path | None = None
+    insecure_plaintext_collectives: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("scheme", self.scheme, SCHEMES)
+        _one_of("evaluate", self.evaluate, get_args(Evaluation))
+        _check_numbers(self)
+        _check_protection(self)
+        _check_placement(self)
+        _check_checkpoints(self)
+        if self.profile and self.log_dir is None:
+            raise SettingError("profile is written beside the log", where="profile", hint="give a log directory too")
+        if self.profile and self.scheme != "asymmetric":
+            raise SettingError("only split layers have a timeline", where="profile", got=f"scheme {self.scheme}")
+        if (self.data_key is None) != (self.data_signer is None):
+            raise SettingError(
+                "sealed data needs both the key that opens it and its signer", where="data_key, data_signer"
+            )
+        if self.data_min_release and self.data_key is None:
+            raise SettingError("only sealed data has a release", where="data_min_release")
+        self.offload_scheme()
+
+    def offload_scheme(self) -> Scheme | None:
+        """The scheme for :func:`motte.offload.protect.protect`; None where the model stays as it is."""
+        if self.scheme == "lowrank":
+            return LowRank(
+                rank=self.rank,
+                iterations=self.iterations,
+                decomposition=self.decomposition,
+                trusted_layers=self.trusted_layers,
+            )
+        if isinstance(self.noise, Unset):
+            return None
+        if self.scheme == "residual":
+            return Residual(
+                noise=self.noise,
+                rank=self.rank,
+                iterations=self.iterations,
+                decomposition=self.decomposition,
+                trusted_layers=self.trusted_layers,
+            )
+        if self.scheme == "asymmetric":
+            return Asymmetric(
+                noise=self.noise,
+                rank=self.rank,
+                iterations=self.iterations,
+                decomposition=self.decomposition,
+                residual_dtype=self.residual_dtype,
+                trusted_layers=self.trusted_layers,
+                offloaded_layers=self.offload_layers,
+                integrity=self.integrity,
+            )
+        return None
+
+
+def _check_numbers(settings: TrainSettings) -> None:
+    _whole("seed", settings.seed, 0, MAX_SEED)
+    _whole("workers", settings.workers, 0, 256)
+    _whole("min_release", settings.min_release, 0, MAX_RELEASE)
+    _whole("data_min_release", settings.data_min_release, 0, MAX_RELEASE)
+    for name in ("image_size", "subset", "batch_size", "epochs", "decay_period", "max_steps", "memory_bytes"):
+        _optional_whole(settings, name, 1 << 53)
+    _optional_whole(settings, "checkpoint_every", 1 << 53)
+    _optional_whole(settings, "threads", _MAX_THREADS)
+    _fraction("width", settings.width, above=0.0, most=64.0)
+    _fraction("input_noise", settings.input_noise, most=1e6)
+    for name, most in (("lr", 1e6), ("weight_decay", 1e6)):
+        value = getattr(settings, name)
+        if value is not None:
+            _fraction(name, value, most=most)
+    for name in ("momentum", "lr_decay", "delta"):
+        value = getattr(settings, name)
+        if value is not None:
+            _fraction(name, value, most=1.0)
+    if settings.scheduler is not None:
+        _one_of("scheduler", settings.scheduler, get_args(SchedulerName))
+    if settings.scheduler == "cos" and (settings.lr_decay is not None or settings.decay_period is not None):
+        raise SettingError("lr_decay and decay_period belong to the step scheduler", where="scheduler", got="cos")
+
+
+def _check_protection(settings: TrainSettings) -> None:
+    scheme = settings.scheme
+    if scheme in NOISY_SCHEMES and isinstance(settings.noise, Unset):
+        raise SettingError(
+            f"the scheme {scheme} needs a word about noise",
+            where="noise",
+            expected=_NOISE_FORM,
+            hint="none hides nothing of what leaves; motte privacy says what a noise is worth",
+        )
+    if scheme not in NOISY_SCHEMES and not isinstance(settings.noise, Unset):
+        raise SettingError("this scheme adds no noise", where="noise", got=f"scheme {scheme}")
+    if scheme not in SPLIT_SCHEMES:
+        _keep_default(settings, ("rank", "iterations", "decomposition", "trusted_layers"), "this scheme splits nothing")
+    if scheme != "asymmetric":
+        names = ("residual_dtype", "integrity", "offload_layers", "evaluate", "delta")
+        _keep_default(settings, names, "only the scheme asymmetric takes it")
+
+    if settings.evaluate == "split" and settings.data_key is not None:
+        raise SettingError(
+            "private test records would be released anew in every epoch, which no accounting counts",
+            where="evaluate",
+            got="split",
+        )
+
+
+def _check_placement(settings: TrainSettings) -> None:
+    if _DEVICE.fullmatch(settings.device) is None:
+        raise SettingError("unknown device", where="device", expected="cpu, cuda or cuda:0", got=repr(settings.device))
+    if settings.dtype is not None:
+        _one_of("dtype", settings.dtype, get_args(Dtype))
+    if settings.accelerator is not None and settings.scheme != "asymmetric":
+        raise SettingError(
+            "this scheme talks to no accelerator by address",
+            where="accelerator",
+            got=f"scheme {settings.scheme}",
+            hint="the scheme accelerator computes in this process, on --device",
+        )
+    if settings.accelerator is not None and settings.device != "cpu":
+        raise SettingError(
+            "an accelerator that runs already has chosen its device", where="device", got=settings.device
+        )
+    if settings.accelerator_pin is not None and settings.accelerator is None:
+        raise SettingError("a pin belongs to an address", where="accelerator_pin", hint="give the accelerator too")
+    if settings.device != "cpu" and settings.scheme not in ("asymmetric", "accelerator"):
+        raise SettingError("this scheme computes on the CPU", where="device", got=settings.device)
+
+
+def _check_checkpoints(settings: TrainSettings) -> None:
+    wants = (
+        settings.checkpoint_every is not None
+        or settings.checkpoint_key is not None
+        or bool(settings.checkpoint_recipients)
+        or settings.checkpoint_signer is not None
+        or settings.insecure_plaintext_checkpoint
+        or settings.resume
+        or settings.min_release > 0
+    )
+    if wants and settings.checkpoint_dir is None:
+        raise SettingError("checkpoints need a directory", where="checkpoint_dir")
+    keyed = (
+        settings.checkpoint_key is not None
+        or bool(settings.checkpoint_recipients)
+        or settings.checkpoint_signer is not None
+    )
+    if settings.insecure_plaintext_checkpoint and keyed:
+        raise SettingError("a plaintext checkpoint takes no keys", where="insecure_plaintext_checkpoint")
+    if settings.insecure_plaintext_checkpoint and settings.data_key is not None:
+        raise SettingError(
+            "private data is never written to a plaintext checkpoint", where="insecure_plaintext_checkpoint"
+        )
+    if settings.insecure_plaintext_checkpoint and isinstance(settings.noise, Gaussian):
+        raise SettingError(
+            "a plaintext checkpoint would hold the key of the noise, which takes the noise off what was released",
+            where="insecure_plaintext_checkpoint",
+            hint="motte keys new NAME --kind recipient, and seal checkpoints to it",
+        )
+    opener = settings.checkpoint_key or settings.data_key
+    if settings.checkpoint_dir is not None and not settings.insecure_plaintext_checkpoint and opener is None:
+        raise SettingError(
+            "checkpoints need a key, to which they are sealed",
+            where="checkpoint_key",
+            hint="motte keys new NAME --kind recipient makes one; for public data and without noise there is "
+            "--insecure-plaintext-checkpoint",
+        )
+
+
+def _keep_default(settings: TrainSettings, names: tuple[str, ...], why: str) -> None:
+    defaults = {"rank": PUBLISHED_RANK, "iterations": DEFAULT_ITERATIONS, "decomposition": DEFAULT_DECOMPOSITION}
+    defaults |= {"residual_dtype": "same", "integrity": "freivalds", "evaluate": "inside"}
+    for name in names:
+        if getattr(settings, name) != defaults.get(name):
+            raise SettingError(why, where=name, got=f"scheme {settings.scheme}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SettingError(f"unknown {name}", where=name, expected=" or ".join(allowed), got=repr(value)[:80])
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise SettingError(f"{name} out of range", where=name, expected=f"{low} to {high}", got=repr(value)[:80])
+
+
+def _optional_whole(settings: TrainSettings, name: str, high: int) -> None:
+    value = getattr(settings, name)
+    if value is not None:
+        _whole(name, value, 1, high)
+
+
+def _fraction(name: str, value: object, *, most: float, above: float = -1.0) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if number and isinstance(value, int | float) and 0.0 <= value <= most and value > above:
+        return
+    low = "0" if above < 0 else f"above {above:g}"
+    raise SettingError(f"{name} out of range", where=name, expected=f"{low}, at most {most:g}", got=repr(value)[:80])

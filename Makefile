@@ -1,7 +1,7 @@
 # The doors of this repository. Every one works in a fresh clone and needs no root: the first sets up .venv by itself.
 #
 #   make setup    .venv with motte and everything its tests need, at the versions of constraints.txt
-#   make demo     a real model in 12 sealed parts, from plan to answers
+#   make demo     a real model in 12 sealed parts, from plan to answers; a small ResNet trained split, beside the plain run
 #   make test     every test that this machine can run      (PYTEST_ARGS="-k measure -x" narrows it)
 #   make lint     ruff check, ruff format --check, mypy --strict
 #   make fmt      let ruff fix and format
@@ -43,6 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo_training.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

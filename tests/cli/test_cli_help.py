@@ -49,6 +49,13 @@ def test_these_are_the_verbs() -> None:
         "zoo list",
         "zoo show",
         "zoo pull",
+        "accelerator serve",
+        "accelerator cert",
+        "seal-data",
+        "train",
+        "train-log",
+        "train-weights",
+        "privacy",
         "plan",
         "seal",
         "run",
@@ -69,7 +76,7 @@ def test_every_verb_has_the_common_options(verb: str) -> None:
     assert OPTIONS[verb] >= COMMON
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS, "zoo", "keys", "recipients"])
+@pytest.mark.parametrize("verb", ["", *VERBS, "zoo", "keys", "recipients", "accelerator"])
 def test_the_help_fits_80_columns_and_names_every_option(motte: Any, verb: str) -> None:
     found = motte(*verb.split(), "--help")
     assert (found.code, found.err) == (0, "")

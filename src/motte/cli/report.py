@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from motte.run.answers import Answer
-    from motte.run.model import LoadSettings, Model
+    from motte.run.model import LoadSettings, Model, Outside
 
     Array = NDArray[Any]
 
@@ -49,6 +49,8 @@ class Measured:
     steady_s: list[float] = field(default_factory=list)
     """One entry per repetition of the first batch."""
     activation_peak_bytes: int = 0
+    outside: list[Outside] = field(default_factory=list)
+    """What crossed to the accelerator, per run; empty where everything ran inside."""
 
     @property
     def steady_median_s(self) -> float | None:

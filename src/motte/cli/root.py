@@ -10,16 +10,17 @@ from typing import Any
 
 import typer
 
-from motte.cli import doctor, inspect, keys, plan, recipients, run, seal, unseal, version, zoo
+from motte.cli import version
 from motte.cli.output import Output, forget_stdout
 from motte.cli.verb import DONE, NO_READER, TERMINATED, WRONG_USE, Terminated
+from motte.cli.verbs import GROUPS, VERBS
 
 app = typer.Typer(name="motte", pretty_exceptions_enable=False, add_completion=True, help=version.ABOUT)
 app.callback()(version.root)
-for name, group in (("zoo", zoo.app), ("keys", keys.app), ("recipients", recipients.app)):
+for name, group in GROUPS.items():
     app.add_typer(group, name=name)
-for function in (plan.plan, seal.seal, run.run, inspect.inspect, unseal.unseal, doctor.doctor, version.version):
-    app.command()(function)
+for verb in VERBS:
+    app.command()(verb)
 
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 """typer brings a click of its own, or uses the installed one: this is the right UsageError in both."""

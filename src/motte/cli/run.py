@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from motte.cli.options import parse_size, private_key, public_key
-from motte.cli.output import Output
+from motte.cli.output import Line, Output, bytes_text
 from motte.cli.report import Measured, report_json, show_report
 from motte.cli.verb import verb
 from motte.errors import InputError, SettingError
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from motte.run.inputs import InputItem
-    from motte.run.model import Model
+    from motte.run.model import Answered, Model, Offload, Outside
 
     Array = NDArray[Any]
 
 _INPUTS, _TRUST, _WORKER = "Inputs and answers", "Trust", "Worker"
+_SHOWN_LAYERS = 4
 _FIRST = {"since": "inputs joined to a batch", "until": "answer received"}
 
 
@@ -124,6 +125,16 @@ def run(
             help="Compute threads of the worker. (default: all cores)",
         ),
     ] = None,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            "--accelerator",
+            metavar="ADDRESS",
+            rich_help_panel=_WORKER,
+            help="Where the layers run that the bundle lets out: unix:PATH, tcp:HOST:PORT, or local to start one here."
+            " (default: everything inside)",
+        ),
+    ] = None,
     timeout: Annotated[
         float,
         typer.Option(
@@ -161,21 +172,62 @@ def run(
         min_release=min_release,
         verify_digests=verify_digests,
         timeout_s=timeout,
+        accelerator=accelerator,
     )
     private = private_key(key, RecipientPrivateKey, option="--key")
     demanded = public_key(signer, SignerPublicKey, option="--signer")
     with out.progress(f"starting the worker and opening {bundle.name}"):
         model = motte.load(bundle, keys=private, signer=demanded, settings=settings)
+    if model.offload is not None and model.offload.accelerator is None:
+        out.note("no --accelerator is given: everything runs inside, and nothing leaves")
     with model:
         found = _answer_all(out, model, given, batch, topk, repeat)
         memory = dict(model.stats())
     if save is not None:
         _save(save, found, overwrite=overwrite)
-    out.result(
-        report_json(bundle, model, settings, found, memory), *show_report(bundle, model, settings, found, memory)
-    )
+    document = report_json(bundle, model, settings, found, memory)
+    shown = show_report(bundle, model, settings, found, memory)
+    if model.offload is not None:
+        document["offload"] = _offload_json(model.offload, found.outside)
+        shown = [*shown, Line(offload_line(model.offload, found.outside))]
+    out.result(document, *shown)
     if save is not None:
         out.note(f"saved to {save}")
+
+
+def offload_line(offload: Offload, outside: Sequence[Outside]) -> str:
+    """One line: which layers left, how they were checked, whether they were noised, and what crossed."""
+    if offload.accelerator is None:
+        return f"inside: all; the {len(offload.layers)} layers that may leave did not, for want of an accelerator"
+    names = ", ".join(offload.layers[:_SHOWN_LAYERS])
+    more = f" and {len(offload.layers) - _SHOWN_LAYERS} more" if len(offload.layers) > _SHOWN_LAYERS else ""
+    crossed = ""
+    if outside:
+        later = max((each.sent_bytes for each in outside[1:]), default=None)
+        crossed = f"; out: {bytes_text(outside[0].sent_bytes)} with the weights in the first run"
+        crossed += "" if later is None else f", {bytes_text(later)} in a later one"
+    return (
+        f"outside: {len(offload.layers)} layers ({names}{more}) on {offload.accelerator}; integrity"
+        f" {'OFF' if offload.integrity == 'off' else 'on'}; {'noise' if offload.noise else 'NO NOISE'}{crossed}"
+    )
+
+
+def _offload_json(offload: Offload, outside: Sequence[Outside]) -> dict[str, Any]:
+    return {
+        "accelerator": offload.accelerator,
+        "layers": list(offload.layers),
+        "integrity": offload.integrity,
+        "noise": offload.noise,
+        "runs": [
+            {
+                "layers": each.layers,
+                "sent_bytes": each.sent_bytes,
+                "received_bytes": each.received_bytes,
+                "seconds": dict(each.seconds),
+            }
+            for each in outside
+        ],
+    }
 
 
 def _given(inputs: Sequence[Path] | None, texts: Sequence[str] | None) -> list[Path | str]:
@@ -215,12 +267,12 @@ def _answer_all(
             wire = [to_wire(array, where=value.name) for array, value in zip(arrays, model.inputs, strict=True)]
             if index == 0:
                 with model.clock.segment("first inference", **_FIRST):
-                    answered = model.run(wire)
+                    answered = _run(model, wire, found)
                 for _ in range(repeat):
-                    found.steady_s.append(_timed(model, wire))
+                    found.steady_s.append(_timed(model, wire, found))
                 found.first_batch = sum(item.batch for item in group)
             else:
-                answered = model.run(wire)
+                answered = _run(model, wire, found)
             found.activation_peak_bytes = max(found.activation_peak_bytes, answered.activation_peak_bytes)
             outputs = [from_wire(tensor, like=arrays[0]) for tensor in answered.outputs]
             mask = arrays[mask_index] if mask_index is not None else None
@@ -235,12 +287,19 @@ def _takes_text(model: Model) -> bool:
     return isinstance(model.signature.preprocessing, TextPreprocessing)
 
 
-def _timed(model: Model, wire: list[Any]) -> float:
+def _run(model: Model, wire: list[Any], found: Measured) -> Answered:
+    answered = model.run(wire)
+    if answered.outside is not None:
+        found.outside.append(answered.outside)
+    return answered
+
+
+def _timed(model: Model, wire: list[Any], found: Measured) -> float:
     from motte.measure.clock import Clock
 
     clock = Clock()
     with clock.segment("inference", **_FIRST):
-        model.run(wire)
+        _run(model, wire, found)
     return clock.segments()["inference"].seconds
 
 

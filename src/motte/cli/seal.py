@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +13,16 @@ from motte.cli.building import ModelOptions, capture_model, example_inputs
 from motte.cli.cutting import CutOptions, read_plan
 from motte.cli.options import private_key, public_key
 from motte.cli.output import Column, Line, Output, bytes_text, seconds_text, table
+from motte.cli.scheme import SchemeOptions, offload_json, offload_lines
 from motte.cli.verb import verb
-from motte.errors import InputError
+from motte.errors import InputError, SettingError
 from motte.limits import MAX_RELEASE
 
 if TYPE_CHECKING:
     from motte.capture.export import Captured
+    from motte.capture.graph import Graph
+    from motte.offload.settings import Asymmetric
+    from motte.plan.offload import OffloadPlan
     from motte.plan.plan import Plan
     from motte.seal.writer import SealReport
     from motte.zoo.models import BuiltModel
@@ -48,6 +53,7 @@ def seal(
         ),
     ],
     cuts: CutOptions,
+    offload: SchemeOptions,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -69,9 +75,11 @@ def seal(
         list[str] | None,
         typer.Option(
             "--public-weights",
-            metavar="NAME",
+            metavar="LAYERS",
             rich_help_panel=_BUNDLE,
-            help="Mark a weight as allowed to leave the trusted side. Repeat it for several. (default: none)",
+            help="Layers whose weights may leave: all-but-first-last, or names and patterns such as features.10 or"
+            " 'layer3.*', with commas or repeated. Without a scheme: exact names of weights. They stand in clear in the"
+            " header. (default: none)",
         ),
     ] = None,
     threads: Annotated[
@@ -101,6 +109,13 @@ def seal(
     from motte.seal.package import seal_model
 
     cuts.check(plan)
+    scheme = offload.make()
+    if scheme is not None and not public_weights:
+        raise SettingError(
+            "a scheme sends weights out, and none is marked public",
+            where="--public-weights",
+            expected="all-but-first-last, or names of layers",
+        )
     # What needs no model is refused before one is built.
     people = [public_key(text, RecipientPublicKey, option="--recipient") for text in recipient]
     signer = private_key(signer_key, SignerPrivateKey, option="--signer-key")
@@ -109,6 +124,7 @@ def seal(
     built = model.build(out)
     captured = capture_model(out, built)
     made = read_plan(plan, captured.graph) if plan is not None else cuts.make(out, built, captured)
+    made, public = _place(made, captured.graph, scheme, public_weights or [])
     checked = "not compared with the whole (--skip-check)" if skip_check else _check(out, built, captured, made)
     manifest = Manifest(captured.graph, made, built.signature)
     total = sum(part.layout.bytes for part in lay_out_parts(manifest))
@@ -120,7 +136,7 @@ def seal(
             release=release,
             recipients=people,
             signer=signer,
-            public_weights=public_weights or (),
+            public_weights=public,
             threads=threads or len(os.sched_getaffinity(0)),
             overwrite=overwrite,
             progress=bar.advance,
@@ -134,10 +150,43 @@ def seal(
         "objective": made.objective,
         "signer": str(signer.public),
         "recipients": [str(each) for each in people],
-        "public_weights": sorted(public_weights or ()),
+        "public_weights": list(public),
+        "offload": None if made.offload is None else offload_json(made.offload),
     }
-    out.result(document, *_show(report, built, checked))
-    out.note(f"run it with: motte run {output} --signer {signer.public} --key KEY --input FILE")
+    out.result(document, *_show(report, built, checked), *offload_lines(made.offload))
+    address = "" if made.offload is None else " --accelerator ADDRESS"
+    out.note(f"run it with: motte run {output} --signer {signer.public} --key KEY --input FILE{address}")
+
+
+def _place(made: Plan, graph: Graph, scheme: Asymmetric | None, words: list[str]) -> tuple[Plan, tuple[str, ...]]:
+    """The plan with its offload section, and the names of the weights that the header marks public.
+
+    Raises:
+        SettingError: two schemes, or layers that the model does not have or that cannot run split.
+        BundleError: the section of a plan splits a layer that ``words`` leave out: no worker would run that.
+    """
+    from motte.offload.graph_layers import choose_layers, graph_layers, public_names, split_nodes
+    from motte.offload.placement import to_plan
+    from motte.plan.rules import check_plan
+
+    if scheme is not None and made.offload is not None:
+        raise SettingError("the plan holds a scheme already", got="--scheme with --plan", hint="keep one of them")
+    if scheme is not None:
+        made = replace(made, offload=to_plan(scheme, choose_layers(graph, words, tiles=made.tiles)))
+        check_plan(made, graph)
+        return made, public_names(graph, _section(made))
+    if made.offload is None:
+        return made, tuple(sorted(set(words)))
+    chosen = set(choose_layers(graph, words, tiles=made.tiles).split) if words else set()
+    public = tuple(sorted(layer.weight for layer in graph_layers(graph) if layer.name in chosen))
+    split_nodes(graph, made.offload, public)
+    return made, public
+
+
+def _section(made: Plan) -> OffloadPlan:
+    if made.offload is None:
+        raise RuntimeError("the plan has no offload section")
+    return made.offload
 
 
 def _check(out: Output, built: BuiltModel, captured: Captured, made: Plan) -> str:

@@ -10,7 +10,9 @@ import motte
 from motte.cli.output import Line, Output
 from motte.cli.verb import verb
 
-ABOUT = "Run a PyTorch model in sealed parts that open only inside a trusted process: zoo, plan, seal, run."
+ABOUT = (
+    "Split a PyTorch model between a small trusted process and a large untrusted machine: seal and run it, or train it."
+)
 
 
 @verb

@@ -30,6 +30,18 @@ _PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_P
 
 
 @dataclass(frozen=True, slots=True)
+class AcceleratorLink:
+    """A connected socket to an accelerator, which a worker gets when it is started.
+
+    ``name`` stands in errors; ``timeout_s`` bounds each wait of the worker for it. Whoever made ``fd`` closes it.
+    """
+
+    fd: int
+    name: str
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """What a worker says of itself before it has keys. **Unverified**: the ``process`` kind has no evidence."""
 
@@ -46,7 +58,7 @@ class Hello:
     def read(meta: Mapping[str, Any]) -> Hello:
         """Raises: FrameError: a missing, unknown or ill-typed field, or another protocol."""
         fields = Fields(dict(meta), where="HELLO", error=FrameError)
-        fields.integer("protocol", low=1, high=1)
+        fields.integer("protocol", low=2, high=2)
         fields.choice("enclave", ("process",))
         seconds = fields.fields("seconds")
         hello = Hello(
@@ -72,6 +84,7 @@ class WorkerProcess:
         engine: name of the engine that it loads.
         start_timeout_s: time from spawn to its first frame.
         recorder: sees every frame, as the host could.
+        accelerator: handed to the worker; it gets no other address, file or socket.
 
     Raises:
         UnsupportedError: not on Linux.
@@ -79,7 +92,13 @@ class WorkerProcess:
     """
 
     def __init__(
-        self, *, threads: int, engine: str = "torch", start_timeout_s: float = 120.0, recorder: Recorder | None = None
+        self,
+        *,
+        threads: int,
+        engine: str = "torch",
+        start_timeout_s: float = 120.0,
+        recorder: Recorder | None = None,
+        accelerator: AcceleratorLink | None = None,
     ) -> None:
         if sys.platform != "linux":
             raise UnsupportedError("the trusted worker runs on Linux only", got=sys.platform)
@@ -89,12 +108,17 @@ class WorkerProcess:
         self._stderr = os.memfd_create("motte-worker-stderr")
         with theirs:
             options = ["--fd", str(theirs.fileno()), "--threads", str(threads), "--engine", engine]
+            passed = [theirs.fileno()]
+            if accelerator is not None:
+                passed.append(accelerator.fd)
+                options += ["--accelerator-fd", str(accelerator.fd), "--accelerator-name", accelerator.name]
+                options += ["--accelerator-timeout", str(accelerator.timeout_s)]
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "motte.trusted", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=self._stderr,
                 stderr=self._stderr,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=passed,
                 env=_environment(threads),
                 start_new_session=True,
             )

@@ -6,13 +6,18 @@ An engine keeps no reference to weights or inputs after ``run`` returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from motte.capture.graph import Graph
 
 Array = Any
 """The engine's own tensor type: ``torch.Tensor`` for the torch engine, ``numpy.ndarray`` for the others."""
+
+NodeRunner = Callable[..., Array]
+"""What runs one node in place of the engine: called with the node's arguments in the order of its schema, tensors and
+plain values as the engine would see them, and those behind the last tensor by keyword. Gives the node's one result, in
+memory of its own: a later operation may write over it. It must not write to its arguments or keep them."""
 
 
 class Program(Protocol):
@@ -38,8 +43,8 @@ class Engine(Protocol):
 
     name: str
 
-    def compile(self, graph: Graph) -> Program:
-        """Prepare ``graph`` (a **verified** one) to run."""
+    def compile(self, graph: Graph, *, runners: Mapping[str, NodeRunner] | None = None) -> Program:
+        """Prepare ``graph`` (a **verified** one) to run; the nodes named in ``runners`` are run by these."""
         ...
 
     def weight(self, graph: Graph, name: str, buffer: memoryview) -> Array:

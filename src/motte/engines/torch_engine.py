@@ -26,6 +26,7 @@ from motte.capture.graph import (
 )
 from motte.capture.ops import OPS
 from motte.capture.sizes import evaluate, shape_of
+from motte.engines.interface import NodeRunner
 from motte.engines.reuse import INPLACE, reusable
 from motte.errors import GraphError, InputError
 
@@ -77,8 +78,9 @@ class _Prepared:
 class TorchProgram:
     """A compiled graph (see :class:`motte.engines.interface.Program`). Safe to call from several threads."""
 
-    def __init__(self, graph: Graph, *, reuse: bool = True) -> None:
+    def __init__(self, graph: Graph, *, reuse: bool = True, runners: Mapping[str, NodeRunner] | None = None) -> None:
         self._graph = graph
+        self._runners = dict(runners or {})
         self._reusable = reusable(graph) if reuse else frozenset()
         self._types = {name: value.type for name, value in graph.values().items()}
         used = {ref.name for node in graph.nodes for ref in references(node) if isinstance(ref, WeightRef)}
@@ -203,6 +205,8 @@ class TorchProgram:
         return self._slots[ref.name] if isinstance(ref, Ref) else self._weight_slots[ref.name]
 
     def _call(self, node: Node, sizes: Mapping[str, int]) -> Call:
+        if node.name in self._runners:
+            return self._runners[node.name]
         found = tensors.overload(node.op)
         call: Call = _FAST[node.op] if node.op in _FAST else getattr(found, "_op", found)
         if node.name not in self._reusable or node.outputs[0] is None:
@@ -250,15 +254,19 @@ class TorchEngine:
 
     name = "torch"
 
-    def compile(self, graph: Graph) -> TorchProgram:
-        """Prepare a **verified** graph to run.
+    def compile(self, graph: Graph, *, runners: Mapping[str, NodeRunner] | None = None) -> TorchProgram:
+        """Prepare a **verified** graph to run; the nodes named in ``runners`` are run by these.
 
         Raises:
-            GraphError: this torch does not have one of its operations.
+            GraphError: this torch does not have one of its operations, or there is no such node with one result.
         """
         for node in graph.nodes:
             tensors.overload(node.op)
-        return TorchProgram(graph)
+        replaceable = {node.name for node in graph.nodes if _single(node)}
+        unknown = sorted(set(runners or ()) - replaceable)
+        if unknown:
+            raise GraphError("no such node with one result to replace", where=graph.name, got=", ".join(unknown[:5]))
+        return TorchProgram(graph, runners=runners)
 
     def weight(self, graph: Graph, name: str, buffer: memoryview) -> torch.Tensor:
         """View ``buffer`` as the weight ``name`` of ``graph``; copies nothing, and the tensor keeps the buffer alive.

@@ -20,12 +20,14 @@ from typing import Any, Self
 from motte import errors
 from motte.capture.graph import Dim, Size, TensorType, Value
 from motte.capture.signature import Signature, from_json
-from motte.enclave.process import WorkerProcess
+from motte.enclave.process import AcceleratorLink, WorkerProcess
 from motte.errors import FrameError, InputError, MotteError, SettingError, WorkerClosed, WorkerRefused
+from motte.limits import MAX_ACCELERATOR_LAYERS
 from motte.link.frames import Frame, Kind, WireTensor
 from motte.link.local import Recorder
 from motte.measure.clock import Clock
 from motte.provision.grant import make_grant
+from motte.run.accelerator import AcceleratorPeer, open_peer
 from motte.run.tensors import from_wire, to_wire
 from motte.seal.keys import RecipientPrivateKey, SignerPublicKey, load_public
 from motte.seal.keys import load as load_key
@@ -39,7 +41,11 @@ DEFAULT_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """How a bundle is opened and run; see :func:`load`."""
+    """How a bundle is opened and run; see :func:`load`.
+
+    ``accelerator`` is an address: ``unix:PATH``, ``tcp:HOST:PORT``, or ``local`` for one started here. What may be sent
+    there is not a setting: it stands in the bundle.
+    """
 
     mode: str = "resident"
     weight_memory_bytes: int = 0
@@ -48,6 +54,7 @@ class LoadSettings:
     min_release: int = 0
     verify_digests: bool = False
     timeout_s: float = DEFAULT_TIMEOUT_S
+    accelerator: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -63,12 +70,39 @@ class LoadSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Offload:
+    """What the owner froze into a bundle with a scheme, as the worker tells it.
+
+    ``accelerator`` is the name of the one in use; None: none was given, and everything runs inside. ``layers`` are
+    those that may run split. ``noise``: whether what leaves is clipped and noised.
+    """
+
+    accelerator: str | None
+    layers: tuple[str, ...]
+    noise: bool
+    integrity: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What crossed to the accelerator and back in one run: layers that were answered there, bytes of tensors (weights
+    included in the run that first needs them), and seconds of the split layers by kind of work."""
+
+    layers: int
+    sent_bytes: int
+    received_bytes: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Answered:
-    """One answer: the output tensors, the worker's own times in seconds, and the computed activation peak in bytes."""
+    """One answer: the output tensors, the worker's own times in seconds, the computed activation peak in bytes, and
+    what left; None: everything ran inside."""
 
     outputs: tuple[WireTensor, ...]
     seconds: Mapping[str, float]
     activation_peak_bytes: int
+    outside: Outside | None = None
 
 
 class _Turns:
@@ -103,8 +137,16 @@ class Model:
     :class:`~motte.errors.WorkerStalled` this handle is closed for good; load the bundle again.
     """
 
-    def __init__(self, worker: WorkerProcess, ready: Mapping[str, Any], settings: LoadSettings, clock: Clock) -> None:
+    def __init__(
+        self,
+        worker: WorkerProcess,
+        ready: Mapping[str, Any],
+        settings: LoadSettings,
+        clock: Clock,
+        accelerator: AcceleratorPeer | None = None,
+    ) -> None:
         self._worker = worker
+        self._accelerator = accelerator
         self._settings = settings
         self._turns = _Turns()
         self._closed = False
@@ -118,6 +160,8 @@ class Model:
         self.parts: Sequence[Mapping[str, int]] = fields.any("parts")
         self.worker_seconds: Mapping[str, float] = fields.any("seconds")
         self.memory: Mapping[str, Any] = fields.any("memory")
+        told = fields.any("offload")
+        self.offload: Offload | None = None if told is None else _offload(told)
         fields.done()
 
     @property
@@ -141,6 +185,8 @@ class Model:
             InputError: another number, dtype or shape of inputs.
             WorkerDied, WorkerStalled: the worker ended, or did not answer within the time limit.
             TrustError, BundleError: a part did not authenticate; no output is released.
+            IntegrityError: the accelerator lied; no output is released. LinkError, FrameError: the accelerator died,
+            stalled, refused or answered nonsense. After each of these this handle is closed.
         """
         given = self._ordered(inputs, named)
         answered = self.run([to_wire(value, where=v.name) for v, value in zip(self.inputs, given, strict=True)])
@@ -155,12 +201,13 @@ class Model:
         fields = Fields(dict(answer.meta), where="ANSWER", error=FrameError)
         seconds = fields.any("seconds")
         peak = fields.integer("activation_peak_bytes", low=0, high=1 << 62)
+        told = fields.any("outside")
         fields.done()
         if len(answer.tensors) != len(self.output_names):
             raise FrameError(
                 "wrong number of outputs", expected=str(len(self.output_names)), got=str(len(answer.tensors))
             )
-        return Answered(tuple(answer.tensors), seconds, peak)
+        return Answered(tuple(answer.tensors), seconds, peak, None if told is None else _outside(told))
 
     def stats(self) -> Mapping[str, Any]:
         """What the worker holds now: weight arena, resident set and its peak, in bytes."""
@@ -173,6 +220,8 @@ class Model:
             if not self._closed:
                 self._closed = True
                 self._worker.close()
+                if self._accelerator is not None:
+                    self._accelerator.close()
 
     def __enter__(self) -> Self:
         return self
@@ -193,13 +242,17 @@ class Model:
                     return answer
                 problem, fatal = reported(answer)
             except BaseException:
-                self._closed = True
-                self._worker.kill()
+                self._kill()
                 raise
             if fatal:
-                self._closed = True
-                self._worker.kill()
+                self._kill()
             raise problem
+
+    def _kill(self) -> None:
+        self._closed = True
+        self._worker.kill()
+        if self._accelerator is not None:
+            self._accelerator.close()
 
     def _ordered(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
         names = [value.name for value in self.inputs]
@@ -239,6 +292,7 @@ def load(
             says which numbered check failed.
         ResourceError: the plan does not fit the stated memory.
         WorkerDied, WorkerStalled: the worker did not come up.
+        LinkError: no accelerator at that address. SettingError: an accelerator for a bundle without a scheme.
     """
     chosen = _settings(settings, options)
     private = keys if isinstance(keys, RecipientPrivateKey) else load_key(Path(keys), RecipientPrivateKey)
@@ -255,9 +309,19 @@ def load(
     ):
         header = bundle.header
         kek = bundle.unwrap(private)
-    with clock.segment("start worker", since="process spawned", until="its first frame received"):
-        worker = WorkerProcess(threads=chosen.threads or len(os.sched_getaffinity(0)), recorder=recorder)
+    threads = chosen.threads or len(os.sched_getaffinity(0))
+    peer = None if chosen.accelerator is None else open_peer(chosen.accelerator, timeout_s=chosen.timeout_s)
     try:
+        with clock.segment("start worker", since="process spawned", until="its first frame received"):
+            worker = WorkerProcess(threads=threads, recorder=recorder, accelerator=_handed_over(peer, chosen))
+    except BaseException:
+        if peer is not None:
+            peer.close()
+        raise
+    try:
+        if peer is not None:
+            # The worker alone holds that end from here on: when it ends, the accelerator sees it.
+            peer.hand_over()
         with clock.segment("key release", since="worker's public key known", until="grant sealed"):
             public = worker.hello.public_key
             grant, session = make_grant(kek, public, bundle_id=header.bundle_id, release=header.release)
@@ -269,9 +333,11 @@ def load(
             ready = worker.receive(timeout_s=chosen.timeout_s)
             if ready.kind is not Kind.READY:
                 raise reported(ready)[0]
-        return Model(worker, ready.meta, chosen, clock)
+        return Model(worker, ready.meta, chosen, clock, peer)
     except BaseException:
         worker.kill()
+        if peer is not None:
+            peer.close()
         raise
 
 
@@ -284,6 +350,13 @@ def _settings(settings: LoadSettings | None, options: Mapping[str, Any]) -> Load
             "unknown setting", got=", ".join(unknown), expected=", ".join(LoadSettings.__dataclass_fields__)
         )
     return settings or LoadSettings(**options)
+
+
+def _handed_over(peer: AcceleratorPeer | None, settings: LoadSettings) -> AcceleratorLink | None:
+    if peer is None:
+        return None
+    # A wait and one more try fit into our own time limit, so that the worker's error arrives, which says more.
+    return AcceleratorLink(peer.fileno(), peer.name, settings.timeout_s / 3)
 
 
 def _open_meta(path: Path, signer: SignerPublicKey, settings: LoadSettings) -> dict[str, Any]:
@@ -321,6 +394,33 @@ def reported(frame: Frame) -> tuple[MotteError, bool]:
     if check is not None:
         problem.check = check
     return problem, fatal
+
+
+def _offload(told: object) -> Offload:
+    fields = Fields(told, where="READY.offload", error=FrameError)
+    name = fields.any("accelerator")
+    found = Offload(
+        accelerator=None if name is None else _text(name, "READY.offload.accelerator"),
+        layers=tuple(fields.items("layers", max_items=MAX_ACCELERATOR_LAYERS, read=_text)),
+        noise=fields.boolean("noise"),
+        integrity=fields.text("integrity", max_bytes=64),
+    )
+    fields.done()
+    return found
+
+
+def _outside(told: object) -> Outside:
+    fields = Fields(told, where="ANSWER.outside", error=FrameError)
+    seconds = fields.fields("seconds")
+    found = Outside(
+        layers=fields.integer("layers", low=0, high=MAX_ACCELERATOR_LAYERS),
+        sent_bytes=fields.integer("sent_bytes", low=0, high=1 << 62),
+        received_bytes=fields.integer("received_bytes", low=0, high=1 << 62),
+        seconds={name: seconds.number(name) for name in ("inside", "send", "wait")},
+    )
+    seconds.done()
+    fields.done()
+    return found
 
 
 def _text(value: object, where: str) -> str:

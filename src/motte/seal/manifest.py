@@ -19,6 +19,7 @@ from motte.plan.plan import Plan
 from motte.plan.rules import check_plan
 from motte.plan.text import dumps as plan_dumps
 from motte.plan.text import loads as plan_loads
+from motte.seal.kinds import MODEL, check_kind
 from motte.split.layout import PartLayout, lay_out
 from motte.split.split import Part, split
 from motte.strict_json import Fields, canonical, parse
@@ -66,6 +67,7 @@ def loads(data: bytes) -> Manifest:
         where="manifest",
         error=BundleError,
     )
+    check_kind(fields, MODEL)
     fields.integer("version", low=MANIFEST_VERSION, high=MANIFEST_VERSION)
     graph = graph_loads(fields.text("graph", max_bytes=MAX_GRAPH_TEXT_BYTES))
     plan = plan_loads(fields.text("plan", max_bytes=MAX_PLAN_TEXT_BYTES))

@@ -9,20 +9,23 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from motte.capture.binding import bind_dims
 from motte.capture.graph import Size, Value
 from motte.capture.signature import to_json
 from motte.engines.interface import Array, Engine, Program
-from motte.errors import FrameError, InputError, MotteError, PeerClosed, ResourceError
+from motte.errors import FrameError, InputError, MotteError, PeerClosed, ResourceError, SettingError, UnsupportedError
 from motte.limits import MAX_NAME_BYTES, MAX_RELEASE, MAX_TENSOR_BYTES
 from motte.link.frames import Frame, Kind, WireTensor
 from motte.link.local import Link
 from motte.measure.memory import read_memory
+from motte.offload.graph_layers import SplitNode, split_extra_bytes, split_nodes
+from motte.offload.placement import from_plan
 from motte.plan.costs import peak_activation_bytes
 from motte.plan.streamed import PartNeed, copy_bytes, streamed_need
 from motte.provision.grant import GRANT_BYTES, open_grant
@@ -34,7 +37,11 @@ from motte.split.chain import run_parts
 from motte.strict_json import Fields
 from motte.trusted.weights import MODES, PartWeights, ResidentWeights, StreamedWeights
 
-PROTOCOL = 1
+if TYPE_CHECKING:
+    from motte.accelerator.interface import Accelerator
+    from motte.trusted.outside import Outside
+
+PROTOCOL = 2
 _MAX_PATH_BYTES = 4096
 
 
@@ -78,18 +85,41 @@ class _Loaded:
     parts: tuple[LaidOutPart, ...]
     programs: list[Program]
     weights: PartWeights
+    split: tuple[SplitNode, ...]
+    outside: Outside | None
     stated_dims: Mapping[str, int] | None
     rss_before_open_bytes: int
     peaks: dict[tuple[tuple[str, int], ...], int]
 
 
-class Worker:
-    """Serves one link until it ends."""
+class _RunFailed(Exception):
+    """A run that had begun to use the accelerator failed: what it got is in ``problem``, and the worker ends."""
 
-    def __init__(self, link: Link, engine: Engine, *, hello: Mapping[str, Any]) -> None:
+    def __init__(self, problem: MotteError) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+class Worker:
+    """Serves one link until it ends.
+
+    Args:
+        accelerator: greets the accelerator whose link the worker was started with; None: it was started with none.
+            Called once, after everything that decides what may leave was read and checked.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        engine: Engine,
+        *,
+        hello: Mapping[str, Any],
+        accelerator: Callable[[], Accelerator] | None = None,
+    ) -> None:
         self._link = link
         self._engine = engine
         self._hello = hello
+        self._accelerator = accelerator
         self._loaded: _Loaded | None = None
 
     def serve(self) -> int:
@@ -100,12 +130,17 @@ class Worker:
                 self._answer(self._link.receive())
         except PeerClosed:
             return 0
+        except _RunFailed as failure:
+            self._report(failure.problem, fatal=True)
+            return 1
         except MotteError as problem:
             self._report(problem, fatal=True)
             return 1
         finally:
             if self._loaded is not None:
                 self._loaded.weights.close()
+                if self._loaded.outside is not None:
+                    self._loaded.outside.close()
 
     def _start(self) -> None:
         private, public = new_x25519()
@@ -127,6 +162,7 @@ class Worker:
 
     def _load(self, bundle: UnlockedBundle, request: OpenRequest, marks: list[float]) -> None:
         manifest = loads(bundle.manifest())
+        split = self._split(manifest, bundle.signed.header.public_weights)
         parts = lay_out_parts(manifest)
         check_sizes(parts, tuple(bundle.part_bytes(index) for index in range(bundle.parts)))
         streamed = request.mode == "streamed"
@@ -138,10 +174,53 @@ class Worker:
         holder = StreamedWeights if streamed else ResidentWeights
         weights: PartWeights = holder(bundle, parts, self._engine, threads=request.open_threads)
         marks.append(time.perf_counter())
-        programs = [self._engine.compile(part.part.graph) for part in parts]
+        try:
+            outside = self._open_outside(manifest, split)
+            programs = [self._compile(part, outside) for part in parts]
+        except BaseException:
+            weights.close()
+            raise
         marks.append(time.perf_counter())
-        self._loaded = _Loaded(manifest, parts, programs, weights, dims, before, {})
+        self._loaded = _Loaded(manifest, parts, programs, weights, split, outside, dims, before, {})
         self._link.send(Frame(Kind.READY, self._ready(marks)))
+
+    def _compile(self, part: LaidOutPart, outside: Outside | None) -> Program:
+        graph = part.part.graph
+        runners = {} if outside is None else outside.runners
+        return self._engine.compile(
+            graph, runners={node.name: runners[node.name] for node in graph.nodes if node.name in runners}
+        )
+
+    def _split(self, manifest: Manifest, public: tuple[str, ...]) -> tuple[SplitNode, ...]:
+        """The nodes that may run split, by the frozen placement and the signed header; nothing is sent yet.
+
+        Raises:
+            BundleError: checks M-3 and M-4. SettingError: an accelerator for a bundle that sends nothing to one.
+        """
+        section = manifest.plan.offload
+        if section is None:
+            if self._accelerator is not None:
+                raise SettingError(
+                    "this bundle lets nothing out to an accelerator",
+                    where=manifest.graph.name,
+                    hint="run it without one, or let its owner seal it with --scheme asymmetric",
+                )
+            return ()
+        return split_nodes(manifest.graph, section, public)
+
+    def _open_outside(self, manifest: Manifest, split: tuple[SplitNode, ...]) -> Outside | None:
+        section = manifest.plan.offload
+        if section is None or self._accelerator is None:
+            return None
+        if self._engine.name != "torch":
+            raise UnsupportedError(
+                "only the torch engine can run layers split", got=self._engine.name, expected="torch"
+            )
+        from motte.trusted.outside import Outside
+
+        scheme, _ = from_plan(section)
+        with _one_run():
+            return Outside(split, scheme, self._accelerator())
 
     def _stated_dims(self, manifest: Manifest, request: OpenRequest) -> dict[str, int]:
         unknown = set(request.stated_dims) - {dim.name for dim in manifest.graph.dims}
@@ -165,6 +244,20 @@ class Worker:
             "parts": [{"nodes": len(p.part.graph.nodes), "bytes": p.layout.bytes} for p in loaded.parts],
             "seconds": dict(zip(("verify", "open", "load"), _differences(marks), strict=True)),
             "memory": self._memory(),
+            "offload": self._offload(),
+        }
+
+    def _offload(self) -> dict[str, Any] | None:
+        """What of the frozen scheme a client may want to show; None for a bundle without one."""
+        loaded = self._held()
+        section = loaded.manifest.plan.offload
+        if section is None:
+            return None
+        return {
+            "accelerator": None if loaded.outside is None else loaded.outside.name,
+            "layers": [node.name for node in loaded.split],
+            "noise": section.noise is not None,
+            "integrity": section.integrity,
         }
 
     def _answer(self, frame: Frame) -> None:
@@ -189,20 +282,28 @@ class Worker:
         dims = bind_dims(graph, [(tensor.dtype, tensor.shape) for tensor in frame.tensors])
         peak = self._activation_peak(dims)
         inputs: list[Array] = [self._engine.from_bytes(t.dtype, t.shape, memoryview(t.data)) for t in frame.tensors]
+        parts = [laid_out.part for laid_out in loaded.parts]
+        books: dict[str, Any] | None = None
         try:
-            parts = [laid_out.part for laid_out in loaded.parts]
-            outputs = run_parts(parts, loaded.programs, graph, inputs, loaded.weights.part, dims)
+            if loaded.outside is None:
+                outputs = run_parts(parts, loaded.programs, graph, inputs, loaded.weights.part, dims)
+            else:
+                with _one_run():
+                    loaded.outside.begin_run()
+                    outputs = run_parts(parts, loaded.programs, graph, inputs, loaded.weights.part, dims)
+                    books = loaded.outside.end_run()
         except MemoryError as problem:
             raise ResourceError("out of memory", where=graph.name, hint="run a smaller batch") from problem
         tensors = [WireTensor(*self._engine.to_bytes(output)) for output in outputs]
         seconds = {"run": time.perf_counter() - start, "wait_for_weights": loaded.weights.waited_s - waited}
-        return Frame(Kind.ANSWER, {"seconds": seconds, "activation_peak_bytes": peak}, tensors)
+        return Frame(Kind.ANSWER, {"seconds": seconds, "activation_peak_bytes": peak, "outside": books}, tensors)
 
     def _activation_peak(self, dims: Mapping[str, int]) -> int:
         loaded = self._held()
         key = tuple(sorted(dims.items()))
         if key not in loaded.peaks:
-            loaded.peaks[key] = peak_activation_bytes(loaded.manifest.graph, loaded.manifest.plan, dims)
+            extra = 0 if loaded.outside is None else split_extra_bytes(loaded.manifest.graph, loaded.split, dims)
+            loaded.peaks[key] = peak_activation_bytes(loaded.manifest.graph, loaded.manifest.plan, dims) + extra
         if loaded.stated_dims is not None:
             for name, stated in loaded.stated_dims.items():
                 if dims[name] > stated:
@@ -247,6 +348,16 @@ class Worker:
         except MotteError:
             # The client has gone: there is nobody left to tell, and the exit status says the rest.
             os._exit(1)
+
+
+@contextmanager
+def _one_run() -> Iterator[None]:
+    """A failure in here ends the worker, and is the run's: a link that closes is the accelerator's and not the
+    client's, and no refusal is survived after something was sent."""
+    try:
+        yield
+    except MotteError as problem:
+        raise _RunFailed(problem) from problem
 
 
 def _refuse_above(parts: tuple[LaidOutPart, ...], request: OpenRequest, streamed: bool) -> None:

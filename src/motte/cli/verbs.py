@@ -1,0 +1,38 @@
+"""Every verb of the command line, in the order in which its help lists them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from motte.cli import (
+    accelerator,
+    doctor,
+    inspect,
+    keys,
+    plan,
+    privacy,
+    recipients,
+    run,
+    seal,
+    seal_data,
+    train,
+    unseal,
+    version,
+    zoo,
+)
+
+GROUPS: Final = {"accelerator": accelerator.app, "keys": keys.app, "recipients": recipients.app, "zoo": zoo.app}
+VERBS: Final = (
+    plan.plan,
+    seal.seal,
+    run.run,
+    train.train,
+    train.train_log,
+    train.train_weights,
+    seal_data.seal_data,
+    privacy.privacy,
+    inspect.inspect,
+    unseal.unseal,
+    doctor.doctor,
+    version.version,
+)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from motte.cli import main
-from motte.cli.scheme import parse_noise, parse_rank
 from motte.errors import SettingError
 from motte.offload.settings import Energy, Entropy, Fixed, Schedule
+from motte.offload.words import parse_noise, parse_rank
 
 MODEL = """
 import torch

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from motte.errors import MotteError, SettingError
 from motte.offload.settings import Asymmetric, Energy, Entropy, Fixed, Gaussian, LowRank, Mechanism, Residual, Schedule
+from motte.offload.words import noise_text, parse_noise, parse_rank, rank_text
 from motte.seal.keys import RecipientPrivateKey, SignerPrivateKey
 from motte.train.recipe import Recipe, published, resolve
-from motte.train.settings import TrainSettings, noise_text, parse_noise, parse_rank, rank_text
+from motte.train.settings import TrainSettings
 
 Make = Callable[..., TrainSettings]
 WHOLE = st.integers(1, 65_536)

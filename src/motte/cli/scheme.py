@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -14,7 +13,7 @@ from motte.errors import SettingError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from motte.offload.settings import Asymmetric, Gaussian, Rank
+    from motte.offload.settings import Asymmetric
     from motte.plan.offload import OffloadPlan
 
 T = TypeVar("T", int, float)
@@ -117,65 +116,13 @@ class SchemeOptions:
                 hint="with none nothing of the residual is hidden from the accelerator",
             )
         from motte.offload.settings import Asymmetric
+        from motte.offload.words import parse_noise, parse_rank
 
         del given["scheme"]
         given["noise"] = parse_noise(self.noise)
         if self.rank is not None:
             given["rank"] = parse_rank(self.rank)
         return Asymmetric(**given)
-
-
-def parse_noise(text: str) -> Gaussian | None:
-    """``none`` or ``gaussian:CLIP,MULTIPLIER``.
-
-    Raises:
-        SettingError: neither.
-    """
-    from motte.offload.settings import Gaussian, Mechanism
-
-    name, _, rest = text.partition(":")
-    if name == "none" and text == "none":
-        return None
-    numbers = _numbers(rest, float, where="--noise", expected=_NOISES, text=text)
-    if name != "gaussian" or len(numbers) != 2:
-        raise SettingError("not a kind of noise", where="--noise", expected=_NOISES, got=text)
-    return Gaussian(residual=Mechanism(clip=numbers[0], noise_multiplier=numbers[1]))
-
-
-def parse_rank(text: str) -> Rank:
-    """``fixed:R``, ``schedule:START,FACTOR,CAP``, ``energy:SHARE,CAP`` or ``entropy:CAP``.
-
-    Raises:
-        SettingError: none of them.
-    """
-    from motte.offload.settings import Energy, Entropy, Fixed, Schedule
-
-    name, colon, rest = text.partition(":")
-    wrong = SettingError("not a rank rule", where="--rank", expected=_RANKS, got=text)
-    if colon and (not rest or rest.endswith(",")):
-        raise wrong
-    if name == "energy":
-        share, _, cap = rest.partition(",")
-        shares = _numbers(share, float, where="--rank", expected=_RANKS, text=text)
-        caps = _numbers(cap, int, where="--rank", expected=_RANKS, text=text) if "," in rest else []
-        if len(shares) != 1 or len(caps) > 1:
-            raise wrong
-        return Energy(shares[0], *caps)
-    numbers = _numbers(rest, int, where="--rank", expected=_RANKS, text=text)
-    if name == "fixed" and len(numbers) == 1:
-        return Fixed(numbers[0])
-    if name == "schedule" and len(numbers) in (0, 3):
-        return Schedule(*numbers)
-    if name == "entropy" and len(numbers) <= 1:
-        return Entropy(*numbers)
-    raise wrong
-
-
-def _numbers(rest: str, kind: Callable[[str], T], *, where: str, expected: str, text: str) -> list[T]:
-    try:
-        return [kind(word) for word in rest.split(",")] if rest else []
-    except ValueError as problem:
-        raise SettingError("not a number", where=where, expected=expected, got=text) from problem
 
 
 def offload_json(section: OffloadPlan) -> dict[str, Any]:

@@ -186,7 +186,7 @@ class ProtectionOptions:
             "--noise",
             metavar="NOISE",
             rich_help_panel=_SCHEME,
-            help="none, or gaussian:residual=CLIP/SIGMA[,gradient=CLIP/SIGMA][,update=CLIP/SIGMA]"
+            help="none, or gaussian:residual=CLIP/MULTIPLIER[,gradient=CLIP/MULTIPLIER][,update=CLIP/MULTIPLIER]"
             "[,adjacency=replace|add-remove]. Needed by asymmetric and residual; `motte privacy` says its worth.",
         ),
     ] = None
@@ -262,7 +262,8 @@ class ProtectionOptions:
         Raises:
             SettingError: a word that is none.
         """
-        from motte.train.settings import PUBLISHED_RANK, UNSET, parse_noise, parse_rank
+        from motte.offload.words import parse_noise, parse_rank
+        from motte.train.settings import PUBLISHED_RANK, UNSET
 
         plain = ("scheme", "iterations", "decomposition", "residual_dtype", "integrity", "evaluate", "delta")
         return {

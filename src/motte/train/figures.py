@@ -13,9 +13,10 @@ from typing import Any, Final
 from motte.errors import SettingError
 from motte.measure.record import PROCESS, UNPROTECTED, Parameter, Record, Setting, state
 from motte.measure.record_file import append
+from motte.offload.words import noise_text, rank_text
 from motte.train.logs import inside_enclave
 from motte.train.result import TrainResult
-from motte.train.settings import TrainSettings, noise_text, rank_text
+from motte.train.settings import TrainSettings
 
 _DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from motte.offload.settings import Asymmetric
+from motte.offload.words import noise_text, rank_text
 from motte.train.augment import Draws, order
 from motte.train.data import DataKeys, DataSet, Records, open_data
 from motte.train.distributed import World
 from motte.train.recipe import Recipe
 from motte.train.schemes import resolved_threads
-from motte.train.settings import TrainSettings, noise_text, rank_text
+from motte.train.settings import TrainSettings
 from motte.train.state import Fact
 from motte.trusted.harden import harden
 

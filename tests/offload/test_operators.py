@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from motte.accelerator.in_process import InProcessAccelerator
+from motte.link.calls import Op
+from motte.link.recording import Recording
 from motte.offload.protect import protect
-from motte.offload.settings import Asymmetric, Energy, Entropy, Fixed, Rank, Schedule
+from motte.offload.settings import Asymmetric, Energy, Entropy, Fixed, Gaussian, Mechanism, Rank, Schedule
 
 Distance = Callable[[Tensor, Tensor], float]
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -155,3 +157,32 @@ def test_a_rounded_residual_costs_only_its_rounding(
     far = distance(split(x), plain(x))
     assert far <= (1e-5 if dtype == "float32" else 1e-2)
     assert (far > 1e-5) is (dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 16])
+@pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noise"])
+def test_a_batch_in_pieces_gives_the_same_result(
+    pieces: int, noisy: bool, distance: Distance, one_layer: type[nn.Module]
+) -> None:
+    # Clips that nothing reaches, and little noise: what is left is the sum over the pieces.
+    tiny = Mechanism(clip=1e3, noise_multiplier=1e-5)
+    noise = Gaussian(residual=tiny, gradient=tiny, update=tiny) if noisy else None
+    bound = 0.05 if noisy else 1e-10
+    recording = Recording()
+    plain = one_layer(nn.Conv2d(6, 4, 3, padding=1)).double()
+    scheme = Asymmetric(noise=noise, rank=Fixed(2), pieces=pieces, offloaded_layers=("layer",))
+    split = protect(plain, scheme, accelerator=InProcessAccelerator(recorder=recording))
+    x = torch.randn(5, 6, 7, 8, dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    gradient = torch.randn(5, 4, 7, 8, dtype=torch.float64)
+    plain(theirs).backward(gradient)
+    wanted = plain.layer.weight.grad.clone()
+    plain.zero_grad()
+    split(ours).backward(gradient)
+    assert distance(split(ours), plain(theirs)) <= bound
+    assert distance(ours.grad, theirs.grad) <= bound
+    assert distance(plain.layer.weight.grad, wanted) <= bound
+    sent = [frame.described[0].shape[0] for frame in recording.sent() if frame.op is Op.BACKWARD]
+    assert sent == {2: [3, 2], 3: [2, 2, 1], 16: [1, 1, 1, 1, 1]}[pieces]
+    counts = split.motte_session.releases.counts
+    assert {kind: count.total for (_, kind), count in counts.items()} == {"residual": 2, "gradient": 1, "update": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,10 +57,10 @@ def step(model: nn.Module, seed: int) -> None:
     nn.functional.cross_entropy(model(batch(seed)), torch.arange(4)).backward()
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_a_step_that_is_tried_again_sends_the_identical_bytes(at: int) -> None:
+@pytest.mark.parametrize(("pieces", "at"), [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (2, 4), (2, 7), (2, 8)])
+def test_a_step_that_is_tried_again_sends_the_identical_bytes(pieces: int, at: int) -> None:
     accelerator = Failing(at)
-    split = protect(net(), SCHEME, accelerator=accelerator)
+    split = protect(net(), replace(SCHEME, pieces=pieces), accelerator=accelerator)
     session = split.motte_session
     with pytest.raises(PeerClosed):
         step(split, seed=1)
@@ -68,7 +69,7 @@ def test_a_step_that_is_tried_again_sends_the_identical_bytes(at: int) -> None:
     step(split, seed=1)
     assert session.step == 1
     assert accelerator.seen[: len(first)] == first
-    assert len(accelerator.seen) == 4
+    assert len(accelerator.seen) == 4 * pieces
     assert {count.total for count in session.releases.counts.values()} == {1}, "a retry is no new release"
 
 

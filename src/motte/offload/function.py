@@ -6,6 +6,7 @@ second forward pass releases the very bytes of the first, since it belongs to th
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from motte.offload.decompose import Principal
-from motte.offload.split_layer import Kept, SplitLayer
+from motte.offload.split_layer import Piece, SplitLayer
 
 
 class SplitProduct(torch.autograd.Function):
@@ -25,12 +26,12 @@ class SplitProduct(torch.autograd.Function):
         y, kept = layer.forward(x, weight, keep=keep)
         ctx.layer = layer
         ctx.shape = tuple(x.shape)
-        ctx.held = None
         if kept is None:
             ctx.save_for_backward(weight)
         else:
-            ctx.held = kept.held
-            ctx.save_for_backward(weight, kept.principal.left, kept.principal.right, kept.sent)
+            ctx.pieces = [(piece.shape, piece.held) for piece in kept]
+            tensors = ((piece.principal.left, piece.principal.right, piece.sent) for piece in kept)
+            ctx.save_for_backward(weight, *itertools.chain.from_iterable(tensors))
         return y
 
     @staticmethod
@@ -43,8 +44,10 @@ class SplitProduct(torch.autograd.Function):
             # A batch of nothing: nothing left, and nothing has a gradient.
             to_input = gradient.new_zeros(ctx.shape) if need_input else None
             return to_input, torch.zeros_like(weight) if need_weight else None, None, None
-        left, right, sent = saved
-        kept = Kept(Principal(left, right), ctx.shape, sent, ctx.held)
+        kept = tuple(
+            Piece(Principal(left, right), shape, sent, held)
+            for (shape, held), (left, right, sent) in zip(ctx.pieces, zip(*[iter(saved)] * 3, strict=True), strict=True)
+        )
         layer: SplitLayer = ctx.layer
         to_input, to_weight = layer.backward(
             kept, weight, gradient.contiguous(), need_input=need_input, need_weight=need_weight

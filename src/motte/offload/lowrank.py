@@ -24,7 +24,7 @@ operator, the clock 1.5: the weights W' are a matrix product of N * R rows, of w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -35,7 +35,12 @@ from motte.linear import compute
 from motte.linear.operation import LinearOperation
 from motte.offload.arithmetic import as_written, computing_dtype
 from motte.offload.decompose import Principal
+from motte.offload.projection import Geometry, windows
 
+_COLUMNS: Final = 1 << 18
+"""Values of columns that are formed at a time: 1 MiB in float32."""
+_MOST_COLUMNS: Final = 1 << 22
+"""Values of one sample's columns from which the ordinary kernel, which forms none, is taken: 16 MiB in float32."""
 _GRAM_SLACK: Final = 16
 """Bound on the rounding of a norm that is computed from Gram matrices, in units of eps of their absolute sum."""
 
@@ -67,6 +72,11 @@ def forward(operation: LinearOperation, principal: Principal, shape: Sequence[in
     weights = _sample_weights(operation, principal.left, weight)
     maps = principal.right.view(shape[0], rank, *shape[2:])
     y = weight.new_empty(output)
+    if _by_columns(narrow, maps):
+        for start, stop, columns in _columns(narrow, maps):
+            rows = weights[start:stop].flatten(2)
+            torch.bmm(rows, columns, out=y[start:stop].view(stop - start, operation.out_channels, -1))
+        return y
     for sample in range(shape[0]):
         y[sample] = compute.forward(narrow, maps[sample : sample + 1], weights[sample])[0]
     return y
@@ -170,6 +180,27 @@ def _narrow(operation: LinearOperation, rank: int) -> LinearOperation:
     )
 
 
+def _by_columns(narrow: LinearOperation, maps: Tensor) -> bool:
+    return narrow.family == "conv" and _column_values(narrow, maps) <= _MOST_COLUMNS
+
+
+def _column_values(narrow: LinearOperation, maps: Tensor) -> int:
+    """Values of one sample's columns."""
+    return maps.shape[1] * math.prod(narrow.kernel) * math.prod(narrow.output_shape(maps.shape)[2:])
+
+
+def _columns(narrow: LinearOperation, maps: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(first sample, the one after the last, (samples, R * kernel offsets, positions)); each time in the same memory,
+    which stays in the cache, where fresh memory would be cleared page by page first."""
+    geometry, extents = Geometry.of(narrow), narrow.output_shape(maps.shape)[2:]
+    step = min(len(maps), max(1, _COLUMNS // max(_column_values(narrow, maps), 1)))
+    room = maps.new_empty(step, maps.shape[1], *narrow.kernel, *extents)
+    for start in range(0, len(maps), step):
+        part = maps[start : start + step]
+        columns = room[: len(part)].copy_(windows(geometry, part, extents))
+        yield start, start + len(part), columns.view(len(part), -1, math.prod(extents))
+
+
 def _sample_weights(operation: LinearOperation, left: Tensor, weight: Tensor) -> Tensor:
     """W'_n for every sample: (N, M, R, *kernel), or (N, R, M, *kernel) for a transposed convolution."""
     count, _, rank = left.shape
@@ -178,13 +209,11 @@ def _sample_weights(operation: LinearOperation, left: Tensor, weight: Tensor) ->
     # (groups, N * R, inputs) @ (groups, inputs, outputs * kernel): one product for the batch.
     rows = left.view(count, groups, inputs, rank).permute(1, 0, 3, 2).reshape(groups, count * rank, inputs)
     if operation.family == "conv_transpose":
-        columns = weight.reshape(groups, inputs, -1)
-    else:
-        columns = weight.reshape(groups, outputs, inputs, -1).transpose(1, 2).reshape(groups, inputs, -1)
-    mixed = torch.bmm(rows, columns).view(groups, count, rank, outputs, -1)
-    order = (1, 2, 0, 3, 4) if operation.family == "conv_transpose" else (1, 0, 3, 2, 4)
-    pair = (rank, groups * outputs) if operation.family == "conv_transpose" else (groups * outputs, rank)
-    return mixed.permute(order).reshape(count, *pair, *kernel)
+        mixed = torch.bmm(rows, weight.reshape(groups, inputs, -1)).view(groups, count, rank, outputs, -1)
+        return mixed.permute(1, 2, 0, 3, 4).reshape(count, rank, groups * outputs, *kernel)
+    columns = weight.reshape(groups, outputs, inputs, -1).transpose(2, 3).reshape(groups, -1, inputs)
+    mixed = torch.bmm(columns, rows.mT).view(groups, outputs, -1, count, rank)
+    return mixed.permute(3, 0, 1, 4, 2).reshape(count, groups * outputs, rank, *kernel)
 
 
 def _gradient_factors(
@@ -200,10 +229,14 @@ def _gradient_factors(
         return principal.right.mT.unsqueeze(1), torch.bmm(principal.left.mT, rows).unsqueeze(1)
     narrow = _narrow(operation, rank)
     maps = principal.right.view(count, rank, *shape[2:])
-    # One call per sample: over the batch the sum would be taken before left has entered.
-    each = torch.stack(
-        [compute.weight_gradient(narrow, maps[n : n + 1], gradient[n : n + 1]) for n in range(count)]
-    ).reshape(count, *narrow.weight_shape[:2], -1)
+    # For each sample alone: over the batch the sum would be taken before left has entered.
+    if _by_columns(narrow, maps):
+        pieces = [torch.bmm(gradient[n:m].flatten(2), columns.mT) for n, m, columns in _columns(narrow, maps)]
+        each = torch.cat(pieces)
+    else:
+        pieces = [compute.weight_gradient(narrow, maps[n : n + 1], gradient[n : n + 1]) for n in range(count)]
+        each = torch.stack(pieces)
+    each = each.reshape(count, *narrow.weight_shape[:2], -1)
     if operation.family == "conv":
         each = each.transpose(1, 2)
     outputs = operation.out_channels // groups

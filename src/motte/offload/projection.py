@@ -17,6 +17,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from motte.linear import compute
 from motte.linear.operation import LinearOperation
@@ -27,8 +28,8 @@ SPREAD: Final = 3**-0.5
 """Standard deviation of a random coefficient."""
 _WASTE: Final = 8
 """Positions computed per position used, from which the ordinary kernel is the faster one (large strides)."""
-_BLOCK: Final = 1 << 17
-"""Values that are squared at a time."""
+_BLOCK: Final = 1 << 18
+"""Values that are squared at a time, 1 MiB in float32; up to four times as many where a sample is that large."""
 _MOST_OFFSETS: Final = 128
 """Kernel offsets that are added one by one; larger kernels take the ordinary way."""
 
@@ -123,6 +124,26 @@ def few_channels(geometry: Geometry, maps: Tensor, weight: Tensor, extents: Sequ
     return total.view(batch, groups, few, -1)
 
 
+def windows(geometry: Geometry, maps: Tensor, extents: Sequence[int]) -> Tensor:
+    """What each kernel offset of a convolution meets: (B, C, *spatial) -> a view (B, C, *kernel, *extents).
+
+    Of a padded copy where the operator pads. Copied from here in one go, columns are there in a third of the time that
+    ``torch.nn.functional.unfold`` takes.
+    """
+    padded = []
+    for axis, size in enumerate(maps.shape[2:]):
+        reach = (extents[axis] - 1) * geometry.stride[axis] + (geometry.kernel[axis] - 1) * geometry.dilation[axis] + 1
+        before = geometry.padding[axis]
+        padded.append((before, max(0, reach - size - before)))
+    if any(any(each) for each in padded):
+        maps = functional.pad(maps, [amount for pair in reversed(padded) for amount in pair])
+    space = maps.stride()[2:]
+    taps = [step * wide for step, wide in zip(space, geometry.dilation, strict=True)]
+    moves = [step * stride for step, stride in zip(space, geometry.stride, strict=True)]
+    shape = (*maps.shape[:2], *geometry.kernel, *extents)
+    return maps.as_strided(shape, (*maps.stride()[:2], *taps, *moves))
+
+
 def spread_maps(
     geometry: Geometry, few: Tensor, spatial: Sequence[int], extents: Sequence[int], *, gathers: bool
 ) -> Tensor:
@@ -137,60 +158,117 @@ def spread_maps(
         (B, G, few * offsets, positions of the partner).
     """
     batch, groups, count, _ = few.shape
+    if gathers:
+        every = windows(geometry, few.reshape(batch, groups * count, *spatial), extents)
+        return every.reshape(batch, groups, count * geometry.offsets, math.prod(extents))
     maps = few.view(batch, groups, count, *spatial)
     out = few.new_zeros(batch, groups, count, geometry.offsets, *extents)
-    small, large = (extents, spatial) if gathers else (spatial, extents)
-    for number, inner, outer in geometry.pairs(small, large):
-        source, target = (outer, inner) if gathers else (inner, outer)
-        _window(out[:, :, :, number], target).copy_(_window(maps, source))
+    for number, inner, outer in geometry.pairs(spatial, extents):
+        _window(out[:, :, :, number], outer).copy_(_window(maps, inner))
     return out.view(batch, groups, count * geometry.offsets, -1)
 
 
 def energies(maps: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_d weights[g, d] * maps[b, g, d, l]^2: (B, G, D, L) -> (B, G, L), float64, for channels, samples and tokens of
     any scale: in float32 first, and in float64 where a result says that squares may have overflowed or vanished."""
-    groups, channels = maps.shape[1:3]
-    rows = maps.new_ones(groups, channels, dtype=torch.float64) if weights is None else weights.double()
-    top = rows.amax().clamp_min(torch.finfo(torch.float64).tiny) if rows.numel() else rows.new_ones(())
-    rows = rows / top
-    if maps.dtype is torch.float32 and bool(((rows > 1e-15) | (rows == 0)).all()):
-        quick = _squares(maps, rows.float()).double()
-        if bool(_in_range(quick).all()):
-            return quick * top
-    return _squares(maps, rows) * top
+    rows, top = (None, None) if weights is None else _normalised(weights)
+    if maps.dtype is not torch.float32 or not (rows is None or bool(((rows > 1e-15) | (rows == 0)).all())):
+        total = _squares(maps, rows, torch.float64)
+    else:
+        quick = _squares(maps, rows, torch.float32)
+        total = quick.double()
+        if quick.numel() and not bool(_in_range(torch.stack(quick.aminmax())).all()):
+            # Positions where every channel is zero (after a ReLU) come here too: those alone once more.
+            again = ~_in_range(quick)
+            if 4 * int(again.sum()) > again.numel():
+                total = _squares(maps, rows, torch.float64)
+            else:
+                sample, group, position = again.nonzero(as_tuple=True)
+                squares = maps[sample, group, :, position].double().square_()
+                total[again] = squares.sum(1) if rows is None else (squares * rows[group]).sum(1)
+    return total if top is None else total.mul_(top)
 
 
 def fourth_powers(maps: Tensor) -> Tensor:
     """sum over samples and positions of maps^4: (B, G, D, L) -> (G, D), float64, for channels of any scale."""
-    channels = maps.permute(1, 2, 0, 3)
-    total = torch.zeros(maps.shape[1:3], dtype=torch.float64)
+    total, room = torch.zeros(maps.shape[1:3], dtype=torch.float64), _Room(maps)
     if maps.dtype is torch.float32:
-        for sample in maps:
-            squares = torch.mul(sample, sample)
-            total += squares.mul_(squares).sum(2)
+        tokens = _by_tokens(maps)
+        for _, _, part in _blocks(maps):
+            squares = torch.mul(part, part, out=room.of(part))
+            if tokens:
+                flat = squares.mul_(squares).flatten(0, 1)
+                sums = torch.bmm(flat.new_ones(1, 1, flat.shape[1]).expand(len(flat), -1, -1), flat)
+                total += sums.view(*part.shape[:2], -1).sum(0, dtype=torch.float64)
+            else:
+                norms: Tensor = torch.linalg.vector_norm(squares, dim=3)
+                total += norms.double().square_().sum(0)
     again = ~_in_range(total)
     if bool(again.any()):
-        total[again] = channels[again].double().square_().square_().sum((1, 2))
+        total[again] = maps.permute(1, 2, 0, 3)[again].double().square_().square_().sum((1, 2))
     return total
 
 
-def _squares(maps: Tensor, rows: Tensor) -> Tensor:
-    """:func:`energies` in the dtype of ``rows``, a block at a time so that the squares stay in the cache."""
+def _normalised(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """``weights`` (G, D) in float64, divided by the largest, and that."""
+    rows = weights.double()
+    top = rows.amax().clamp_min(torch.finfo(torch.float64).tiny) if rows.numel() else rows.new_ones(())
+    return rows / top, top
+
+
+def _squares(maps: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """:func:`energies` in ``dtype``."""
     batch, groups, channels, positions = maps.shape
-    total = maps.new_zeros(batch * groups, 1, positions, dtype=rows.dtype)
-    along = rows.unsqueeze(1).repeat(batch, 1, 1)
-    # Tokens lie one after the other, maps channel by channel: a block is what is contiguous.
-    tokens = maps.stride(3) > maps.stride(2)
-    extent = positions if tokens else channels
-    step = max(1, _BLOCK * extent // max(maps.numel(), 1))
-    for start in range(0, extent, step):
-        part = maps.narrow(3 if tokens else 2, start, min(step, extent - start)).to(rows.dtype)
-        squares = torch.mul(part, part).flatten(0, 1)
+    total, room = maps.new_empty(batch, groups, positions, dtype=dtype), _Room(maps, dtype)
+    tokens = _by_tokens(maps)
+    weights = maps.new_ones(groups, channels, dtype=dtype) if rows is None else rows.to(dtype)
+    roots = None if rows is None else rows.sqrt().to(dtype).unsqueeze(1)
+    for sample, position, part in _blocks(maps):
+        wide = part.to(dtype)
         if tokens:
-            torch.bmm(along, squares, out=total[:, :, start : start + step])
+            # Contiguous rows: twice as fast as squares and a matrix of one column.
+            scaled = wide if roots is None else torch.mul(wide, roots, out=room.of(wide))
+            norms: Tensor = torch.linalg.vector_norm(scaled, dim=3)
+            sums = norms.square_()
         else:
-            total.baddbmm_(along[:, :, start : start + step], squares)
-    return total.view(batch, groups, positions)
+            squares = torch.mul(wide, wide, out=room.of(wide)).flatten(0, 1)
+            along = weights.unsqueeze(1).repeat(len(part), 1, 1)
+            sums = torch.bmm(along, squares).view(len(part), groups, -1)
+        total[sample : sample + len(part), :, position : position + sums.shape[2]] = sums
+    return total
+
+
+class _Room:
+    """One piece of memory that block after block is computed in: the system clears fresh memory page by page, which
+    takes longer than the squares that are put there, and what was just used is in the cache."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype | None = None) -> None:
+        self._flat = like.new_empty(0, dtype=dtype or like.dtype)
+
+    def of(self, block: Tensor) -> Tensor:
+        """Of the shape of ``block``, contiguous."""
+        if self._flat.numel() < block.numel():
+            self._flat = self._flat.new_empty(block.numel())
+        return self._flat[: block.numel()].view(block.shape)
+
+
+def _by_tokens(maps: Tensor) -> bool:
+    """Whether tokens lie one after the other, (B, G, L, D) in memory; maps lie channel by channel."""
+    return maps.stride(3) > maps.stride(2)
+
+
+def _blocks(maps: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(B, G, D, L) in blocks: first sample, first position, and the block in the order of its memory, (b, G, D, l) or
+    (b, G, l, D). Whole samples where they are small enough, since those are contiguous."""
+    batch, groups, channels, positions = maps.shape
+    one = groups * channels * positions
+    whole = one <= 4 * _BLOCK and not _by_tokens(maps)
+    samples = max(1, 2 * _BLOCK // max(one, 1))
+    wide = positions if whole or one * samples <= 2 * _BLOCK else max(1, _BLOCK // (groups * channels))
+    for sample in range(0, batch, samples):
+        for position in range(0, positions, max(wide, 1)):
+            part = maps[sample : sample + samples, :, :, position : position + wide]
+            yield sample, position, part.transpose(2, 3) if _by_tokens(maps) else part
 
 
 def _in_range(sums: Tensor) -> Tensor:

@@ -168,6 +168,8 @@ class Asymmetric:
             that is not in ``trusted_layers``.
         integrity: ``freivalds`` checks every product that comes back; ``off`` only for an accelerator that is curious
             but honest.
+        pieces: into how many the batch is cut, 1 to 16, so that one is taken apart, sent or checked while the
+            accelerator works on another. The result is the same; noise is drawn by piece.
         integrity_vectors: random vectors per product, 1 to 8; each makes it less likely that a lie passes, see
             :mod:`motte.offload.integrity`.
     """
@@ -181,6 +183,7 @@ class Asymmetric:
     offloaded_layers: tuple[str, ...] | None = None
     integrity: Integrity = "freivalds"
     integrity_vectors: int = 2
+    pieces: int = 1
 
     def __post_init__(self) -> None:
         if self.noise is not None and not isinstance(self.noise, Gaussian):
@@ -193,6 +196,7 @@ class Asymmetric:
         _one_of("residual_dtype", self.residual_dtype, ("same", "float32", "bfloat16"))
         _one_of("integrity", self.integrity, ("freivalds", "off"))
         _whole("integrity_vectors", self.integrity_vectors, low=1, high=8)
+        _whole("pieces", self.pieces, low=1, high=16)
         for name in ("trusted_layers", "offloaded_layers"):
             value = getattr(self, name)
             if value is not None:

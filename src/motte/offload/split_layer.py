@@ -13,13 +13,15 @@ exists inside only: the residual is formed in trusted memory, and only then copi
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from motte.accelerator.interface import Gradients, Pending
 from motte.errors import FormatError, LinkError, ResourceError, TrustError
 from motte.linear import compute
 from motte.linear.operation import LinearOperation
@@ -40,13 +42,25 @@ _WIRE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What the trusted side keeps of a forward pass, **private** but for ``sent``."""
+class Piece:
+    """What the trusted side keeps of a forward pass over some samples, **private** but for ``sent``."""
 
     principal: Principal
     shape: tuple[int, ...]
     sent: Tensor
     held: Held | None
+
+
+Kept = tuple[Piece, ...]
+"""The pieces of one forward pass, in the order of their samples."""
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One pass of one layer, and how many pieces of each kind have left in it."""
+
+    phase: Phase
+    pieces: dict[Kind, int] = field(default_factory=dict)
 
 
 class SplitLayer:
@@ -101,96 +115,131 @@ class SplitLayer:
 
     # --- the two passes -------------------------------------------------------------------------------------------
     def _forward(self, x: Tensor, weight: Tensor, keep: bool, constant: bool) -> tuple[Tensor, Kept | None]:
-        scheme, operation, shape = self.session.scheme, self.operation, tuple(x.shape)
-        with self._span("forward", "decompose"):
+        now = _Pass("forward")
+        with self._span(now, "send"):
+            self._send_weight(weight, constant)
+            self.session.release_forgotten()
+        flights = [self._depart(now, part, keep) for part in self._parts(x)]
+        # While one piece is on its way, the others get their low-rank half, or their check.
+        outputs = [self._arrive(now, piece, pending, weight) for piece, pending in flights]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return y, tuple(piece for piece, _ in flights) if keep else None
+
+    def _depart(self, now: _Pass, x: Tensor, keep: bool) -> tuple[Piece, Pending[Tensor]]:
+        scheme, shape = self.session.scheme, tuple(x.shape)
+        with self._span(now, "decompose"):
             matrix = self._matrix(x)
             principal = decompose(
                 matrix, scheme.rank, position=self.position, iterations=scheme.iterations, method=scheme.decomposition
             )
             rest = residual(matrix, principal)
-            self.last_rank = principal.left.shape[2]
+            self.last_rank = principal.rank
         mechanism = None if scheme.noise is None else scheme.noise.residual
-        with self._span("forward", "release"):
-            sent = self._released(rest, mechanism, "residual", overwrite=True).reshape(shape)
-            del rest
+        with self._span(now, "release"):
+            sent = self._released(now, rest, mechanism, "residual", overwrite=True).reshape(shape)
             if scheme.residual_dtype != "same":
                 sent = sent.to(_WIRE[scheme.residual_dtype])
-        with self._span("forward", "send"):
-            self._send_weight(weight, constant)
-            self.session.release_forgotten()
+        with self._span(now, "send"):
             pending = self.session.accelerator.forward(self._registered(), sent, step=self.session.step, hold=keep)
             held = self._hold() if keep else None
-        with self._span("forward", "lowrank"):
-            y = lowrank.forward(operation, principal, shape, weight)
-        with self._span("forward", "wait"):
+        return Piece(principal, shape, sent, held), pending
+
+    def _arrive(self, now: _Pass, piece: Piece, pending: Pending[Tensor], weight: Tensor) -> Tensor:
+        scheme = self.session.scheme
+        with self._span(now, "lowrank"):
+            y = lowrank.forward(self.operation, piece.principal, piece.shape, weight)
+        with self._span(now, "wait"):
             answer = pending.result()
         if scheme.integrity == "freivalds":
-            with self._span("forward", "check"):
+            with self._span(now, "check"):
                 integrity.check_forward(
-                    operation, sent, weight, answer, vectors=scheme.integrity_vectors, where=self._where()
+                    self.operation, piece.sent, weight, answer, vectors=scheme.integrity_vectors, where=self._where()
                 )
-        with self._span("forward", "merge"):
-            y = y.add_(answer) if y.dtype == answer.dtype else y.add_(answer.to(y.dtype))
-        return y, Kept(principal, shape, sent, held) if keep else None
+        with self._span(now, "merge"):
+            return y.add_(answer) if y.dtype == answer.dtype else y.add_(answer.to(y.dtype))
 
     def _backward(
         self, kept: Kept, weight: Tensor, gradient: Tensor, need_input: bool, need_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        scheme, operation, held = self.session.scheme, self.operation, kept.held
-        if held is None:
-            raise RuntimeError("this forward pass kept nothing for a backward pass")
-        mechanism = None if scheme.noise is None else scheme.noise.gradient
-        with self._span("backward", "release"):
-            sent = self._released(gradient, mechanism, "gradient")
-        with self._span("backward", "send"):
+        now, noise = _Pass("backward"), self.session.scheme.noise
+        with self._span(now, "send"):
             self._send_weight(weight, constant=False)
+        slices = gradient.split([piece.shape[0] for piece in kept])
+        flights = [
+            self._depart_back(now, piece, each, need_input=need_input, need_weight=need_weight)
+            for piece, each in zip(kept, slices, strict=True)
+        ]
+        update = None if noise is None else noise.update
+        to_input: list[Tensor] = []
+        inside: Tensor | None = None
+        outside: Tensor | None = None
+        for piece, each, (sent, pending) in zip(kept, slices, flights, strict=True):
+            if need_weight:
+                with self._span(now, "lowrank"):
+                    clip = None if update is None else update.clip
+                    main = lowrank.weight_gradient(self.operation, piece.principal, piece.shape, each, clip=clip)
+                    inside = main if inside is None else inside.add_(main)
+            answer = self._arrive_back(now, piece, sent, pending, weight)
+            if answer.input is not None:
+                to_input.append(answer.input.to(gradient.dtype))
+            if answer.weight is not None:
+                outside = answer.weight if outside is None else outside + answer.weight
+        with self._span(now, "merge"):
+            whole = None if not need_input else to_input[0] if len(to_input) == 1 else torch.cat(to_input)
+        if inside is None or outside is None:
+            return whole, None
+        with self._span(now, "release"):
+            inside = self._released(now, inside, update, "update", per_sample=False)
+        with self._span(now, "merge"):
+            return whole, (inside.to(outside.dtype) + outside).to(weight.dtype)
+
+    def _depart_back(
+        self, now: _Pass, piece: Piece, gradient: Tensor, *, need_input: bool, need_weight: bool
+    ) -> tuple[Tensor, Pending[Gradients]]:
+        if piece.held is None:
+            raise RuntimeError("this forward pass kept nothing for a backward pass")
+        noise = self.session.scheme.noise
+        with self._span(now, "release"):
+            sent = self._released(now, gradient, None if noise is None else noise.gradient, "gradient")
+        with self._span(now, "send"):
             pending = self.session.accelerator.backward(
                 self._registered(),
-                held.number,
+                piece.held.number,
                 sent,
                 step=self.session.step,
                 need_input=need_input,
                 need_weight=need_weight,
             )
-        main = self._principal_weight_gradient(kept, gradient) if need_weight else None
-        with self._span("backward", "wait"):
+        return sent, pending
+
+    def _arrive_back(
+        self, now: _Pass, piece: Piece, sent: Tensor, pending: Pending[Gradients], weight: Tensor
+    ) -> Gradients:
+        scheme, where = self.session.scheme, self._where()
+        with self._span(now, "wait"):
             answer = pending.result()
-        self.session.use(held)
+        if piece.held is not None:
+            self.session.use(piece.held)
         if scheme.integrity == "freivalds":
-            with self._span("backward", "check"):
-                count, where = scheme.integrity_vectors, self._where()
+            with self._span(now, "check"):
+                count = scheme.integrity_vectors
                 if answer.input is not None:
                     integrity.check_input_gradient(
-                        operation, kept.shape, weight, sent, answer.input, vectors=count, where=where
+                        self.operation, piece.shape, weight, sent, answer.input, vectors=count, where=where
                     )
                 if answer.weight is not None:
                     integrity.check_weight_gradient(
-                        operation, kept.sent, sent, answer.weight, vectors=count, where=where
+                        self.operation, piece.sent, sent, answer.weight, vectors=count, where=where
                     )
-        with self._span("backward", "merge"):
-            to_input = None if answer.input is None else answer.input.to(gradient.dtype)
-            to_weight = None
-            if main is not None and answer.weight is not None:
-                to_weight = (main.to(answer.weight.dtype) + answer.weight).to(weight.dtype)
-        return to_input, to_weight
+        return answer
 
-    def _principal_weight_gradient(self, kept: Kept, gradient: Tensor) -> Tensor:
-        noise = self.session.scheme.noise
-        mechanism = None if noise is None else noise.update
-        with self._span("backward", "lowrank"):
-            main = lowrank.weight_gradient(
-                self.operation,
-                kept.principal,
-                kept.shape,
-                gradient,
-                clip=None if mechanism is None else mechanism.clip,
-            )
-        with self._span("backward", "release"):
-            return self._released(main, mechanism, "update", per_sample=False)
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.split(math.ceil(x.shape[0] / self.session.scheme.pieces)))
 
     # --- what leaves ----------------------------------------------------------------------------------------------
     def _released(
         self,
+        now: _Pass,
         clean: Tensor,
         mechanism: Mechanism | None,
         kind: Kind,
@@ -200,7 +249,7 @@ class SplitLayer:
     ) -> Tensor:
         # Counted before it leaves: a release that fails on its way may have been seen.
         if mechanism is None:
-            self.session.releases.count(self.name, kind, None)
+            self._count(now, kind, None)
             return clean
         released = self.session.noise.privatise(
             clean,
@@ -211,8 +260,13 @@ class SplitLayer:
             per_sample=per_sample,
             overwrite=overwrite,
         )
-        self.session.releases.count(self.name, kind, released.release_id)
+        self._count(now, kind, released.release_id)
         return released.tensor
+
+    def _count(self, now: _Pass, kind: Kind, release_id: bytes | None) -> None:
+        piece = now.pieces.get(kind, 0)
+        now.pieces[kind] = piece + 1
+        self.session.releases.count(self.name, kind, release_id, piece=piece)
 
     def _registered(self) -> str:
         if not self._known:
@@ -244,8 +298,8 @@ class SplitLayer:
             return x.reshape(x.shape[0], -1, x.shape[-1])
         return x.reshape(x.shape[0], x.shape[1], -1)
 
-    def _span(self, phase: Phase, work: Work) -> AbstractContextManager[None]:
-        return self.session.timeline.span(self.session.step, self.name, phase, work)
+    def _span(self, now: _Pass, work: Work) -> AbstractContextManager[None]:
+        return self.session.timeline.span(self.session.step, self.name, now.phase, work)
 
     def _where(self) -> str:
         return f"{self.session.accelerator.name}, layer {self.name}, step {self.session.step}"

@@ -3,9 +3,9 @@
     --rank   fixed:8 | schedule | schedule:START,FACTOR,CAP | energy:SHARE[,CAP] | entropy[:CAP]
     --noise  none | gaussian:residual=CLIP/MULTIPLIER[,gradient=...][,update=...][,adjacency=replace|add-remove]
 
-``gaussian:CLIP,MULTIPLIER`` is short for residuals alone; the adjacency is ``replace`` if not given. CLIP is the L2 norm
-to which every sample's tensor is scaled down; each value gets noise of standard deviation MULTIPLIER * CLIP. Nothing here
-imports torch.
+``gaussian:CLIP,MULTIPLIER`` is short for residuals alone; the adjacency is ``replace`` if not given. CLIP is the L2
+norm to which every sample's tensor is scaled down; each value gets noise of standard deviation MULTIPLIER * CLIP.
+Nothing here imports torch.
 """
 
 from __future__ import annotations

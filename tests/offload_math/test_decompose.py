@@ -238,3 +238,13 @@ def test_costs() -> None:
     assert decompose_multiply_adds(4, 10, 0, 1, "als") == decompose_multiply_adds(4, 10, 0, 3, "range-finder") == 0
     assert decompose_multiply_adds(64, 1000, 2, 1, "range-finder") == 64 * 1000 * 2 * 3 + 2 * 64 * 4
     assert entropy_multiply_adds(4, 10) == entropy_multiply_adds(10, 4) == 160 + 4 * 64 // 3
+
+
+def test_pieces_of_the_batch_are_decomposed_as_the_batch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 6, 20) * 10.0 ** torch.tensor([0, 30, -30, 0, 2]).view(5, 1, 1)
+    x[3] = 0
+    whole = decompose(x, Fixed(3))
+    monkeypatch.setattr("motte.offload.decompose._PIECE", 240)
+    pieces = decompose(x, Fixed(3))
+    for want, got in ((whole.left, pieces.left), (whole.right, pieces.right)):
+        torch.testing.assert_close(got, want)

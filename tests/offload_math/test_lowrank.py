@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,11 +36,14 @@ def naive(operation: LinearOperation, x: Tensor, gradient: Tensor, clip: float |
     return total
 
 
-@pytest.fixture(params=["chosen", "factored", "formed"])
+@pytest.fixture(params=["chosen", "factored", "without columns", "formed"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way of computing on every shape, and the one that the costs choose."""
+    if request.param == "without columns":
+        monkeypatch.setattr(lowrank, "_MOST_COLUMNS", -1)
+        monkeypatch.setattr(lowrank, "_MOST_GRADIENT_COLUMNS", -1)
     if request.param != "chosen":
-        worst = "_formed" if request.param == "factored" else "_factored"
+        worst = "_factored" if request.param == "formed" else "_formed"
         for name in ("_forward", "_gradient"):
             monkeypatch.setattr(lowrank, name + worst, lambda *_: math.inf)
     return str(request.param)
@@ -107,13 +111,18 @@ def test_clipping_at_any_magnitude(cases: Any) -> None:
 @pytest.mark.parametrize("way", ["chosen"], indirect=True)
 def test_the_cheaper_way_is_taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    plain = compute.forward
+    plain, columns = compute.forward, lowrank._columns
 
-    def spy(operation: LinearOperation, x: Tensor, weight: Tensor) -> Tensor:
-        taken.append("formed" if operation.in_channels == x.shape[1] == 8 else "factored")
+    def formed(operation: LinearOperation, x: Tensor, weight: Tensor) -> Tensor:
+        taken.append("formed")
         return plain(operation, x, weight)
 
-    monkeypatch.setattr(compute, "forward", spy)
+    def factored(narrow: LinearOperation, maps: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        taken.append("factored")
+        return columns(narrow, maps)
+
+    monkeypatch.setattr(compute, "forward", formed)
+    monkeypatch.setattr(lowrank, "_columns", factored)
     dense = LinearOperation("conv", 8, 16, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0))
     depthwise = LinearOperation("conv", 8, 8, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0), 8)
     x = torch.randn(1, 8, 10, 10)
@@ -164,3 +173,16 @@ def test_factors_of_another_activation_are_refused() -> None:
         lowrank.weight_gradient(operation, principal, (2, 4, 5, 5), torch.randn(2, 4, 5, 5))
     with pytest.raises(InputError, match="positive"):
         lowrank.weight_gradient(operation, principal, (2, 4, 5, 5), torch.randn(2, 3, 5, 5), clip=0.0)
+
+
+def test_the_batch_goes_through_the_same_memory_in_pieces(monkeypatch: pytest.MonkeyPatch, cases: Any) -> None:
+    for case in cases(28, 6, batches=(3,)):
+        x, weight, gradient = case.tensors()
+        principal = decompose(case.matrices(x), Fixed(2))
+        whole = lowrank.forward(case.operation, principal, case.shape, weight)
+        update = lowrank.weight_gradient(case.operation, principal, case.shape, gradient)
+        with monkeypatch.context() as patch:
+            patch.setattr(lowrank, "_COLUMNS", 1)
+            torch.testing.assert_close(lowrank.forward(case.operation, principal, case.shape, weight), whole)
+            got = lowrank.weight_gradient(case.operation, principal, case.shape, gradient)
+            torch.testing.assert_close(got, update)

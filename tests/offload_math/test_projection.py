@@ -11,7 +11,17 @@ import torch
 from motte.linear import compute
 from motte.linear.operation import LinearOperation
 from motte.offload import projection
-from motte.offload.projection import GRID, SPREAD, Geometry, draw, energies, few_channels, mix, spread_maps
+from motte.offload.projection import (
+    GRID,
+    SPREAD,
+    Geometry,
+    draw,
+    energies,
+    few_channels,
+    fourth_powers,
+    mix,
+    spread_maps,
+)
 
 
 @pytest.mark.parametrize("ordinary", [False, True])
@@ -127,3 +137,37 @@ def test_energies_of_any_scale() -> None:
 def test_mix() -> None:
     maps, r = torch.randn(2, 3, 4, 5), torch.randn(6, 4)
     torch.testing.assert_close(mix(r, maps), torch.einsum("fd,bgdl->bgfl", r, maps))
+
+
+@pytest.mark.parametrize("block", [1, 7, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_squares_are_the_same_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, block: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(projection, "_BLOCK", block)
+    maps, weights = torch.randn(3, 2, 4, 5, dtype=dtype), torch.rand(2, 4)
+    room = projection.Room()
+    for laid in (maps, maps.transpose(2, 3).contiguous().transpose(2, 3)):
+        for rows in (None, weights):
+            want = (maps.double().square() * (1 if rows is None else rows.double().view(1, 2, 4, 1))).sum(2)
+            torch.testing.assert_close(energies(laid, rows, room), want, rtol=1e-6, atol=0)
+        torch.testing.assert_close(fourth_powers(laid, room), maps.double().pow(4).sum((0, 3)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_positions_whose_squares_are_lost_in_float32_are_summed_again(share: float, tokens: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    maps = torch.randn(2, 2, 4, 30, generator=generator)
+    odd = torch.rand(2, 2, 1, 30, generator=generator) < share
+    for factor in (0.0, 1e-25, 1e25):
+        scaled = torch.where(odd, maps * factor, maps)
+        scaled = scaled.transpose(2, 3).contiguous().transpose(2, 3) if tokens else scaled
+        for weights in (None, torch.rand(2, 4, generator=generator)):
+            rows = 1 if weights is None else weights.double().view(1, 2, 4, 1)
+            want = (scaled.double().square() * rows).sum(2)
+            torch.testing.assert_close(energies(scaled, weights), want, rtol=1e-6, atol=0)
+    bad = maps.clone()
+    bad[1, 0, 2, 3], bad[0, 1, 1, 7] = math.nan, math.inf
+    sums = energies(bad)
+    assert (~sums.isfinite()).nonzero().tolist() == [[0, 1, 7], [1, 0, 3]]

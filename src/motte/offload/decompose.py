@@ -26,6 +26,10 @@ from motte.offload.settings import Decomposition, Entropy, Fixed, Rank, Schedule
 
 _SEED: Final = 0x6D6F747465
 """Of the range finder's random matrix. It protects nothing; fixed, so that the same batch gives the same residual."""
+_PIECE: Final = 1 << 20
+"""Values whose terms are found together, 4 MiB in float32: the remainder, read and written for every term, stays in the
+cache. Measured on one busy core, batch 4, rank 8: 64 channels at 112 px 40 ms, as a whole 76; smaller pieces cost more
+in calls than they save."""
 _BLOCK: Final = 8
 """Terms that the range finder adds at a time under an energy rule."""
 
@@ -90,6 +94,15 @@ def decompose(
         terms, share = min(rank.cap, most), rank.share
     if terms == 0:
         return Principal(x.new_zeros(x.shape[0], x.shape[1], 0), x.new_zeros(x.shape[0], 0, x.shape[2]))
+    # Samples depend on one another through an energy rule only: where one fits, each is read from the cache.
+    step = max(1, _PIECE // max(math.prod(x.shape[1:]), 1)) if share is None and method == "als" else len(x)
+    found = [_factors(piece, terms, share, iterations, method) for piece in x.split(step)]
+    if len(found) == 1:
+        return found[0]
+    return Principal(torch.cat([each.left for each in found]), torch.cat([each.right for each in found]))
+
+
+def _factors(x: Tensor, terms: int, share: float | None, iterations: int, method: Decomposition) -> Principal:
     scaled, scale = _in_range(x.to(computing_dtype(x.dtype)))
     find = _als if method == "als" else _range_finder
     left, right = find(scaled, terms, share, iterations, x.dtype)
@@ -248,8 +261,13 @@ def _unit(v: Tensor) -> Tensor:
 def _in_range(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """``x`` with every sample divided by a power of two such that its squares neither overflow nor vanish, and those
     powers (N, 1, 1); ``x`` itself and None where that holds already."""
-    largest = x.abs().amax((1, 2))
     limits = torch.finfo(x.dtype)
+    # Norms take a third of the time of a largest value, and where they lie well inside, so do the values.
+    norms = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=2), dim=1)
+    least = limits.tiny**0.25 * math.sqrt(math.prod(x.shape[1:]))
+    if bool(((norms >= least) & (norms <= limits.max**0.25)).all()):
+        return x, None
+    largest = x.abs().amax((1, 2))
     odd = (largest > limits.max**0.25) | ((largest < limits.tiny**0.25) & (largest > 0))
     if not bool(odd.any()):
         return x, None

@@ -32,9 +32,10 @@ rounding of the answer: at most 2^-8 Y, 0.42 of that on average over mantissas, 
 ``floor``: products below the smallest normal number may be flushed.
 
 A check costs vectors / M of the product in multiply-adds, two passes over the data and two over the answer; nothing big
-is copied whole. The passes are what takes time. Measured on one busy core of a Xeon at 2.5 GHz, float32, batch 4, 3x3,
-two vectors, ms of processor time (product: check of output, gradient to the input, to the weight): 64 channels at
-112 px 34: 25, 24, 26; 256 at 28 px 32: 11, 11, 10; 512 at 14 px 32: 11, 15, 10.
+is copied whole. The passes are what takes time. Measured on one busy core of a Xeon at 2.5 GHz, float32, 3x3, two
+vectors, ms of processor time (product: check of output, gradient to the input, to the weight): batch 4, 64 channels at
+112 px 55: 19, 19, 23; 256 at 28 px 32: 7, 7, 8; 512 at 14 px 31: 8, 8, 9; batch 128, 16 channels at 28 px 7: 14, 14,
+15. The last shows the limit: with few channels a check does not cost less than what it checks.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from motte.offload.projection import (
     GRID,
     SPREAD,
     Geometry,
+    Room,
     draw,
     energies,
     few_channels,
@@ -236,7 +238,8 @@ def _cheaper_side(operation: LinearOperation, inputs: int, outputs: int, vectors
     for (mixed, mixed_at), (other, other_at) in (sides, sides[::-1]):
         few = min(vectors, mixed // operation.groups)
         costs.append(few * mixed * mixed_at + few * offsets * other * other_at)
-    return ("input", costs[0]) if costs[0] <= costs[1] else ("output", costs[1])
+    # Where they cost the same, the output's: its channels come first in the weight, whose passes are then contiguous.
+    return ("input", costs[0]) if costs[0] < costs[1] else ("output", costs[1])
 
 
 # --- forward and gradient to the input --------------------------------------------------------------------------------
@@ -253,24 +256,31 @@ class _Product:
     shape: tuple[int, ...]  # of the answer as it came, for messages
     linear: bool
     magnitudes: Tensor  # (G, D): sum of squares over P, at the kernel offset where it is largest
+    room: Room
 
     def pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         for start, stop, axis in _ranges(self.data, self.answer, self.linear):
             data, answer = (each.narrow(axis, start, stop - start) for each in (self.data, self.answer))
             yield start, data.to(self.weight.dtype), answer.to(self.weight.dtype)
 
-    def tolerance_of(self, data: Tensor, answer: Tensor, spread: float) -> Tolerance:
-        groups, channels, inner, offsets = self.weight.shape
-        there = energies(data.reshape(len(data), groups, inner, -1), self.magnitudes) * offsets
+    def largest_products(self, data: Tensor) -> Tensor:
+        """P of a piece."""
+        groups, _, inner, offsets = self.weight.shape
+        there = energies(data.reshape(len(data), groups, inner, -1), self.magnitudes, self.room).mul_(offsets)
         if not self.linear:
             there = there.amax(2, keepdim=True) if there.shape[2] else there.new_zeros(*there.shape[:2], 1)
-        given = energies(answer.reshape(len(answer), groups, channels, -1)).sqrt()
+        return there.sqrt()
+
+    def tolerance_of(self, products: Tensor, answer: Tensor, spread: float) -> Tolerance:
+        """``products``: :meth:`largest_products`."""
+        groups, channels, inner, offsets = self.weight.shape
+        given = energies(answer.reshape(len(answer), groups, channels, -1), room=self.room).sqrt_()
         rounds = self.data.dtype is torch.bfloat16
-        return _tolerance(there.sqrt(), given, inner * offsets, channels, self.weight.dtype, spread, rounds)
+        return _tolerance(products, given, inner * offsets, channels, self.weight.dtype, spread, rounds)
 
     def tolerance(self, vectors: int) -> Tolerance:
         spread = _spread(vectors, self.weight.shape[1])
-        each = [self.tolerance_of(data, answer, spread) for _, data, answer in self.pieces()]
+        each = [self.tolerance_of(self.largest_products(data), answer, spread) for _, data, answer in self.pieces()]
         if not each:
             nothing = torch.zeros(0, dtype=torch.float64)
             return Tolerance(nothing, nothing, spread)
@@ -286,9 +296,13 @@ def _run(product: _Product, vectors: int, where: str) -> None:
     r, spread = _coefficients(vectors, channels, product.weight), _spread(vectors, channels)
     weight = _mixed_weight(r, product.weight)
     for start, data, answer in product.pieces():
-        ours = few_channels(product.geometry, data, weight, answer.shape[2:], gathers=product.gathers)
+        ours = few_channels(
+            product.geometry, data, weight, answer.shape[2:], gathers=product.gathers, room=product.room
+        )
+        # All that reads the data, then all that reads the answer, so that the second pass over each finds it cached.
+        products = product.largest_products(data)
         theirs = mix(r, answer.reshape(len(answer), groups, channels, -1))
-        tolerance = product.tolerance_of(data, answer, spread)
+        tolerance = product.tolerance_of(products, answer, spread)
         deviation = theirs.sub_(ours).abs_().amax(2).double()
 
         def place(n: int, _group: int, position: int, start: int = start) -> str:
@@ -343,16 +357,17 @@ def _product(
     known_dtype(data, "what was sent")
     linear = operation.family == "linear"
     groups, channels, inner, offsets = weight.shape
+    room = Room()
     if offsets == 1:
-        columns = energies(weight.squeeze(3).unsqueeze(0))
+        columns = energies(weight.squeeze(3).unsqueeze(0), room=room)
     elif _turned(weight):
-        columns = energies(weight.transpose(1, 2).reshape(groups * inner, 1, channels, offsets))
+        columns = energies(weight.transpose(1, 2).reshape(groups * inner, 1, channels, offsets), room=room)
     else:
-        columns = energies(weight.reshape(1, groups, channels, inner * offsets))
+        columns = energies(weight.reshape(1, groups, channels, inner * offsets), room=room)
     magnitudes = columns.view(groups, inner, offsets).amax(2)
     sides = _maps(data, linear), _maps(answer, linear)
     shape = tuple(answer.shape)
-    return _Product(name, Geometry.of(operation), sides[0], weight, sides[1], gathers, shape, linear, magnitudes)
+    return _Product(name, Geometry.of(operation), sides[0], weight, sides[1], gathers, shape, linear, magnitudes, room)
 
 
 # --- gradient to the weight -------------------------------------------------------------------------------------------
@@ -383,16 +398,17 @@ class _WeightProduct:
         few = 0 if r is None else len(r)
         ours = torch.zeros(groups, few * offsets, b, dtype=torch.float64)
         squares, fourths = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, b, dtype=torch.float64)
+        room = Room()
         for mixed, other in self.pieces():
             flat, partner = mixed.flatten(3), other.flatten(3)
-            squares += energies(flat).square().sum((0, 2))
-            fourths += fourth_powers(partner)
+            squares += energies(flat, room=room).square_().sum((0, 2))
+            fourths += fourth_powers(partner, room)
             if r is not None:
                 moved = spread_maps(self.geometry, mix(r, flat), mixed.shape[3:], other.shape[3:], gathers=self.gathers)
                 each = torch.bmm(moved.flatten(0, 1), partner.flatten(0, 1).mT)
                 ours += each.view(-1, groups, few * offsets, b).sum(0, dtype=torch.float64)
         products = (squares.sqrt().unsqueeze(1) * fourths.sqrt()).sqrt().unsqueeze(2)
-        given = energies(self.answer.reshape(1, groups, a, b * offsets)).sqrt().view(groups, b, offsets)
+        given = energies(self.answer.reshape(1, groups, a, b * offsets), room=room).sqrt_().view(groups, b, offsets)
         spread = _spread(vectors, a)
         rounds = self.dtype is torch.bfloat16
         tolerance = _tolerance(products, given, self.terms, a, self.answer.dtype, spread, rounds)

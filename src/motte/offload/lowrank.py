@@ -5,20 +5,21 @@ W'_n[i, p] = sum_j left[n, j, p] W[i, j], j over the input channels of i's group
 no groups (AsymML, arXiv 2110.01229). A linear layer on tokens is left @ (right @ W^T).
 
 Forming X_main and running the operator on it is the other way. The one with fewer multiply-adds is taken, so a
-depthwise convolution, or one of many channels on few positions, is formed. Measured on one core of a Xeon at 2.5 GHz
-without bfloat16 units, batch 4, 3x3, in ms (formed: the operator alone):
+depthwise convolution, or one of many channels on few positions, is formed.
 
-    channels, extent, rank   dtype      per-sample loop   grouped over the batch   unfold + bmm   weights W'   formed
-    64, 112, 8               float32         12                 13                     24            0.2         54
-    64, 112, 8               bfloat16        25                 41                     34            0.3        147
-    256, 28, 32              float32          8                  7                     10            5           45
-    256, 28, 32              bfloat16        19                 18                     22            8          137
-    512, 14, 32              float32          4                  4                      4           19           47
-    512, 7, 32               float32          2                  2                      2           20           15
+The R maps are few, so their columns (R * kernel by positions) are small: copied through a view in one go, a few samples
+at a time in the same memory, and one batched matrix product beats a call of the operator for every sample. A transposed
+convolution, and columns too many for the memory set below, take the calls. Measured on one busy core of a Xeon at
+2.5 GHz without bfloat16 units, 3x3, forward / weight gradient in ms, W' included:
 
-No other arrangement beats the loop by more than the noise, and on a core with AMX one grouped convolution was up to 8
-times slower in bfloat16 than the loop; so the loop it is. At 512 channels and 7 x 7 multiply-adds say 0.7 of the full
-operator, the clock 1.5: the weights W' are a matrix product of N * R rows, of which 128 are few.
+    channels, extent, rank, batch   float32 calls   columns     bfloat16 calls   columns
+    64, 112, 8, 4                   22 / 14         11 / 16     30 / 25          25 / 27
+    256, 28, 16, 4                  6.4 / 5.6       7.7 / 6.7   15 / 17          15 / 15
+    512, 14, 16, 4                  9.8 / 7.5       9.1 / 6.8   21 / 23          20 / 20
+    16, 28, 4, 128                  17 / 20         6.6 / 13    20 / 42          11 / 17
+
+At 512 channels the weights W' take most of it, 6 of 9 ms: a matrix product of N * R columns, of which 64 are few. On
+few positions multiply-adds say less than the clock (512 channels, 7 x 7, rank 32: 0.7 of the full operator and 1.5).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _COLUMNS: Final = 1 << 18
 """Values of columns that are formed at a time: 1 MiB in float32."""
 _MOST_COLUMNS: Final = 1 << 22
 """Values of one sample's columns from which the ordinary kernel, which forms none, is taken: 16 MiB in float32."""
+_MOST_GRADIENT_COLUMNS: Final = 1 << 19
+"""The same of a weight gradient, where columns beyond the cache were slower than the ordinary kernel (14 ms and 12)."""
 _GRAM_SLACK: Final = 16
 """Bound on the rounding of a norm that is computed from Gram matrices, in units of eps of their absolute sum."""
 
@@ -72,7 +75,7 @@ def forward(operation: LinearOperation, principal: Principal, shape: Sequence[in
     weights = _sample_weights(operation, principal.left, weight)
     maps = principal.right.view(shape[0], rank, *shape[2:])
     y = weight.new_empty(output)
-    if _by_columns(narrow, maps):
+    if _by_columns(narrow, maps, _MOST_COLUMNS):
         for start, stop, columns in _columns(narrow, maps):
             rows = weights[start:stop].flatten(2)
             torch.bmm(rows, columns, out=y[start:stop].view(stop - start, operation.out_channels, -1))
@@ -180,8 +183,8 @@ def _narrow(operation: LinearOperation, rank: int) -> LinearOperation:
     )
 
 
-def _by_columns(narrow: LinearOperation, maps: Tensor) -> bool:
-    return narrow.family == "conv" and _column_values(narrow, maps) <= _MOST_COLUMNS
+def _by_columns(narrow: LinearOperation, maps: Tensor, most: int) -> bool:
+    return narrow.family == "conv" and _column_values(narrow, maps) <= most
 
 
 def _column_values(narrow: LinearOperation, maps: Tensor) -> int:
@@ -230,7 +233,7 @@ def _gradient_factors(
     narrow = _narrow(operation, rank)
     maps = principal.right.view(count, rank, *shape[2:])
     # For each sample alone: over the batch the sum would be taken before left has entered.
-    if _by_columns(narrow, maps):
+    if _by_columns(narrow, maps, _MOST_GRADIENT_COLUMNS):
         pieces = [torch.bmm(gradient[n:m].flatten(2), columns.mT) for n, m, columns in _columns(narrow, maps)]
         each = torch.cat(pieces)
     else:

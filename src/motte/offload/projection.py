@@ -87,6 +87,22 @@ class Geometry:
                 yield number, tuple(inner), tuple(outer)
 
 
+class Room:
+    """One piece of memory that block after block is computed in: the system clears fresh memory page by page, which
+    takes longer than the squares that are put there, and what was just used is in the cache. For one thread."""
+
+    def __init__(self) -> None:
+        self._flat: dict[torch.dtype, Tensor] = {}
+
+    def of(self, like: Tensor, *shape: int) -> Tensor:
+        """Contiguous, of ``shape`` or else that of ``like``, in its dtype; what was there before is overwritten."""
+        wanted = shape or tuple(like.shape)
+        count, flat = math.prod(wanted), self._flat.get(like.dtype)
+        if flat is None or flat.numel() < count:
+            flat = self._flat[like.dtype] = like.new_empty(count)
+        return flat[:count].view(wanted)
+
+
 def mix(coefficients: Tensor, maps: Tensor) -> Tensor:
     """Linear combinations of channels: (few, D) and (B, G, D, L) -> (B, G, few, L)."""
     batch, groups, channels, positions = maps.shape
@@ -94,7 +110,15 @@ def mix(coefficients: Tensor, maps: Tensor) -> Tensor:
     return torch.bmm(coefficients.expand(len(flat), -1, -1), flat).view(batch, groups, -1, positions)
 
 
-def few_channels(geometry: Geometry, maps: Tensor, weight: Tensor, extents: Sequence[int], *, gathers: bool) -> Tensor:
+def few_channels(
+    geometry: Geometry,
+    maps: Tensor,
+    weight: Tensor,
+    extents: Sequence[int],
+    *,
+    gathers: bool,
+    room: Room | None = None,
+) -> Tensor:
     """A (transposed) convolution with few output channels.
 
     Args:
@@ -102,6 +126,7 @@ def few_channels(geometry: Geometry, maps: Tensor, weight: Tensor, extents: Sequ
         weight: (G, few, D, offsets).
         extents: spatial extents of the result.
         gathers: a convolution, whose input is the large map; otherwise a transposed one, whose output is.
+        room: to compute in.
 
     Returns:
         (B, G, few, positions).
@@ -112,15 +137,16 @@ def few_channels(geometry: Geometry, maps: Tensor, weight: Tensor, extents: Sequ
     if offsets > _MOST_OFFSETS or wasted:
         return _ordinary(geometry, maps, weight, extents, gathers).reshape(batch, groups, few, -1)
     flat = maps.reshape(batch * groups, channels, -1)
-    left = weight.transpose(2, 3).reshape(groups, few * offsets, channels)
-    each = torch.bmm(left.repeat(batch, 1, 1), flat).view(batch, groups, few, offsets, *spatial)
+    left = weight.permute(0, 3, 1, 2).reshape(groups, offsets * few, channels).repeat(batch, 1, 1)
     if offsets == 1 and spatial == tuple(extents):
-        return each.view(batch, groups, few, -1)
+        return torch.bmm(left, flat).view(batch, groups, few, -1)
+    into = (room or Room()).of(flat, batch * groups, offsets * few, flat.shape[2])
+    each = torch.bmm(left, flat, out=into).view(batch, groups, offsets, few, *spatial)
     total = maps.new_zeros(batch, groups, few, *extents)
     small, large = (extents, spatial) if gathers else (spatial, extents)
     for number, inner, outer in geometry.pairs(small, large):
         source, target = (outer, inner) if gathers else (inner, outer)
-        _window(total, target).add_(_window(each[:, :, :, number], source))
+        _window(total, target).add_(_window(each[:, :, number], source))
     return total.view(batch, groups, few, -1)
 
 
@@ -168,20 +194,20 @@ def spread_maps(
     return out.view(batch, groups, count * geometry.offsets, -1)
 
 
-def energies(maps: Tensor, weights: Tensor | None = None) -> Tensor:
+def energies(maps: Tensor, weights: Tensor | None = None, room: Room | None = None) -> Tensor:
     """sum_d weights[g, d] * maps[b, g, d, l]^2: (B, G, D, L) -> (B, G, L), float64, for channels, samples and tokens of
     any scale: in float32 first, and in float64 where a result says that squares may have overflowed or vanished."""
     rows, top = (None, None) if weights is None else _normalised(weights)
     if maps.dtype is not torch.float32 or not (rows is None or bool(((rows > 1e-15) | (rows == 0)).all())):
-        total = _squares(maps, rows, torch.float64)
+        total = _squares(maps, rows, torch.float64, None)
     else:
-        quick = _squares(maps, rows, torch.float32)
+        quick = _squares(maps, rows, torch.float32, room)
         total = quick.double()
         if quick.numel() and not bool(_in_range(torch.stack(quick.aminmax())).all()):
             # Positions where every channel is zero (after a ReLU) come here too: those alone once more.
             again = ~_in_range(quick)
             if 4 * int(again.sum()) > again.numel():
-                total = _squares(maps, rows, torch.float64)
+                total = _squares(maps, rows, torch.float64, None)
             else:
                 sample, group, position = again.nonzero(as_tuple=True)
                 squares = maps[sample, group, :, position].double().square_()
@@ -189,12 +215,12 @@ def energies(maps: Tensor, weights: Tensor | None = None) -> Tensor:
     return total if top is None else total.mul_(top)
 
 
-def fourth_powers(maps: Tensor) -> Tensor:
+def fourth_powers(maps: Tensor, room: Room | None = None) -> Tensor:
     """sum over samples and positions of maps^4: (B, G, D, L) -> (G, D), float64, for channels of any scale."""
-    total, room = torch.zeros(maps.shape[1:3], dtype=torch.float64), _Room(maps)
+    total, room = torch.zeros(maps.shape[1:3], dtype=torch.float64), room or Room()
     if maps.dtype is torch.float32:
         tokens = _by_tokens(maps)
-        for _, _, part in _blocks(maps):
+        for _, _, channel, part in _blocks(maps):
             squares = torch.mul(part, part, out=room.of(part))
             if tokens:
                 flat = squares.mul_(squares).flatten(0, 1)
@@ -202,7 +228,7 @@ def fourth_powers(maps: Tensor) -> Tensor:
                 total += sums.view(*part.shape[:2], -1).sum(0, dtype=torch.float64)
             else:
                 norms: Tensor = torch.linalg.vector_norm(squares, dim=3)
-                total += norms.double().square_().sum(0)
+                total[:, channel : channel + part.shape[2]] += norms.double().square_().sum(0)
     again = ~_in_range(total)
     if bool(again.any()):
         total[again] = maps.permute(1, 2, 0, 3)[again].double().square_().square_().sum((1, 2))
@@ -216,14 +242,14 @@ def _normalised(weights: Tensor) -> tuple[Tensor, Tensor]:
     return rows / top, top
 
 
-def _squares(maps: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _squares(maps: Tensor, rows: Tensor | None, dtype: torch.dtype, room: Room | None) -> Tensor:
     """:func:`energies` in ``dtype``."""
     batch, groups, channels, positions = maps.shape
-    total, room = maps.new_empty(batch, groups, positions, dtype=dtype), _Room(maps, dtype)
+    total, room = maps.new_zeros(batch, groups, positions, dtype=dtype), room or Room()
     tokens = _by_tokens(maps)
     weights = maps.new_ones(groups, channels, dtype=dtype) if rows is None else rows.to(dtype)
     roots = None if rows is None else rows.sqrt().to(dtype).unsqueeze(1)
-    for sample, position, part in _blocks(maps):
+    for sample, position, channel, part in _blocks(maps):
         wide = part.to(dtype)
         if tokens:
             # Contiguous rows: twice as fast as squares and a matrix of one column.
@@ -232,43 +258,29 @@ def _squares(maps: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
             sums = norms.square_()
         else:
             squares = torch.mul(wide, wide, out=room.of(wide)).flatten(0, 1)
-            along = weights.unsqueeze(1).repeat(len(part), 1, 1)
+            along = weights[:, channel : channel + part.shape[2]].unsqueeze(1).repeat(len(part), 1, 1)
             sums = torch.bmm(along, squares).view(len(part), groups, -1)
-        total[sample : sample + len(part), :, position : position + sums.shape[2]] = sums
+        total[sample : sample + len(part), :, position : position + sums.shape[2]] += sums
     return total
 
 
-class _Room:
-    """One piece of memory that block after block is computed in: the system clears fresh memory page by page, which
-    takes longer than the squares that are put there, and what was just used is in the cache."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype | None = None) -> None:
-        self._flat = like.new_empty(0, dtype=dtype or like.dtype)
-
-    def of(self, block: Tensor) -> Tensor:
-        """Of the shape of ``block``, contiguous."""
-        if self._flat.numel() < block.numel():
-            self._flat = self._flat.new_empty(block.numel())
-        return self._flat[: block.numel()].view(block.shape)
-
-
 def _by_tokens(maps: Tensor) -> bool:
-    """Whether tokens lie one after the other, (B, G, L, D) in memory; maps lie channel by channel."""
+    """Whether tokens lie one after the other, (B, G, L, D) in memory; maps lie channel after channel."""
     return maps.stride(3) > maps.stride(2)
 
 
-def _blocks(maps: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(B, G, D, L) in blocks: first sample, first position, and the block in the order of its memory, (b, G, D, l) or
-    (b, G, l, D). Whole samples where they are small enough, since those are contiguous."""
+def _blocks(maps: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
+    """(B, G, D, L) in blocks: first sample, position and channel, and the block in the order of its memory,
+    (b, G, d, L) or (b, G, l, D). Whole samples where they are small enough, since those are contiguous."""
     batch, groups, channels, positions = maps.shape
-    one = groups * channels * positions
-    whole = one <= 4 * _BLOCK and not _by_tokens(maps)
+    tokens, one = _by_tokens(maps), groups * channels * positions
     samples = max(1, 2 * _BLOCK // max(one, 1))
-    wide = positions if whole or one * samples <= 2 * _BLOCK else max(1, _BLOCK // (groups * channels))
+    extent, across = (positions, groups * channels) if tokens else (channels, groups * positions)
+    step = max(1, extent if one <= 4 * _BLOCK else _BLOCK // max(across, 1))
     for sample in range(0, batch, samples):
-        for position in range(0, positions, max(wide, 1)):
-            part = maps[sample : sample + samples, :, :, position : position + wide]
-            yield sample, position, part.transpose(2, 3) if _by_tokens(maps) else part
+        for start in range(0, extent, step):
+            part = maps[sample : sample + samples].narrow(3 if tokens else 2, start, min(step, extent - start))
+            yield sample, start if tokens else 0, 0 if tokens else start, part.transpose(2, 3) if tokens else part
 
 
 def _in_range(sums: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 HEAVY = ("torch", "torchvision", "transformers", "onnxruntime", "openvino")
-TORCH_FREE_PACKAGES = ("plan", "seal", "measure", "doctor")
+TORCH_FREE_PACKAGES = ("plan", "seal", "measure", "doctor", "link")
 TORCH_FREE_MODULES = (
     "motte.errors",
     "motte.limits",

@@ -20,6 +20,7 @@ from motte.link.calls import (
     VERSION,
     Call,
     Flag,
+    HeadReader,
     Op,
     Tensor,
     answers_of,
@@ -209,3 +210,89 @@ def test_numbers_survive(numbers: tuple[int, ...]) -> None:
 
 def test_how_many_answers_a_request_has() -> None:
     assert [answers_of(call.op, call.flags) for call in GOOD] == [0, 0, 0, 0, 1, 1, 0, 1, 2, 0, 0, 0, 0]
+
+
+# --- heads that are known again --------------------------------------------------------------------------------------
+def read(reader: HeadReader, frame: bytes) -> Any:
+    return reader.read(memoryview(frame), 0, len(frame))
+
+
+NUMBERS = {"sequence": 0, "step": 1 << 63, "layer": 7, "held": 3, "compute_ns": 0}
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+@pytest.mark.parametrize("value", [0, 1, (1 << 32) - 1])
+@pytest.mark.parametrize("call", GOOD, ids=lambda call: f"{call.op.name} {call.flags}")
+def test_a_known_head_is_read_as_strictly_as_a_new_one(call: Call, field: str, value: int) -> None:
+    reader = HeadReader(peer="peer", allowed=BOTH)
+    reader.share(REGION)
+    for _ in range(2):
+        assert read(reader, encode(call)) == (call, encode(call), call.inline_bytes)
+    changed = encode(call._replace(**{field: value}))
+    try:
+        expected = decode(changed)
+    except FrameError as refused:
+        for _ in range(2):
+            with pytest.raises(FrameError) as found:
+                read(reader, changed)
+            assert str(found.value) == str(refused)
+    else:
+        assert read(reader, changed) == (expected, changed, call.inline_bytes)
+
+
+@pytest.mark.parametrize("call", [call for call in GOOD if call.tensors], ids=lambda call: f"{call.op.name} {call.flags}")
+def test_no_changed_byte_of_a_known_head_goes_unseen(call: Call) -> None:
+    frame = encode(call)
+    reader = HeadReader(peer="peer", allowed=BOTH)
+    reader.share(REGION)
+    read(reader, frame)
+    for at in range(len(frame)):
+        changed = bytearray(frame)
+        changed[at] ^= 1
+        fresh = HeadReader(peer="peer", allowed=BOTH)
+        fresh.share(REGION)
+        results = []
+        for each in (reader, fresh):
+            try:
+                results.append(read(each, bytes(changed)))
+            except FrameError as refused:
+                results.append(str(refused))
+        assert results[0] == results[1]
+        assert results[0] != read(reader, frame)
+
+
+def test_what_was_known_of_other_shared_memory_is_forgotten() -> None:
+    frame = encode(Call(Op.ANSWER, 1, layer=1, tensors=(SHARED,)))
+    reader = HeadReader(peer="peer", allowed=BOTH)
+    reader.share(REGION)
+    read(reader, frame)
+    reader.share(64)
+    with pytest.raises(FrameError, match="outside of the shared memory"):
+        read(reader, frame)
+
+
+def test_another_side_knows_nothing_of_it() -> None:
+    frame = encode(Call(Op.ANSWER, 1, layer=1, tensors=(X,)))
+    read(HeadReader(peer="peer", allowed=FROM_ACCELERATOR), frame)
+    with pytest.raises(FrameError, match="unexpected kind"):
+        read(HeadReader(peer="peer", allowed=TO_ACCELERATOR), frame)
+
+
+@pytest.mark.parametrize("cut", range(1, 90, 7))
+def test_a_head_in_pieces_is_waited_for_but_not_its_errors(cut: int) -> None:
+    frame = encode(Call(Op.ANSWER, 1, layer=1, tensors=(X, X)))
+    reader = HeadReader(peer="peer", allowed=BOTH)
+    assert reader.read(memoryview(frame), 0, len(frame) - cut if cut < len(frame) else 0) is None
+    bad = memoryview(b"MOTL" + frame[4:])
+    if len(frame) - cut >= HEADER.size:
+        with pytest.raises(FrameError, match="not a frame"):
+            reader.read(bad, 0, len(frame) - cut)
+
+
+def test_only_so_much_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("motte.link.calls._MAX_KNOWN", 3)
+    reader = HeadReader(peer="peer", allowed=BOTH)
+    for extent in (*range(10), *range(10)):
+        call = Call(Op.ANSWER, 1, layer=1, tensors=(Tensor("f32", (extent,)),))
+        assert read(reader, encode(call))[0] == call
+        assert len(reader._known) <= 3

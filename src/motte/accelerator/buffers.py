@@ -1,7 +1,8 @@
-"""Private memory that answers are copied into: numpy arrays, since making one costs a third of what a tensor does.
+"""Private memory that tensors are copied into: numpy arrays, since making one costs a third of what a tensor does.
 
 Large ones are used again once nothing refers to them any more: memory that the system hands out anew is filled with
-zeros page by page first, which takes twice as long as the copy itself.
+zeros page by page first, which takes twice as long as the copy itself. Small ones that are used up at once lie on a
+:class:`Desk`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ _NUMPY: Final[dict[str, np.dtype[Any]]] = {
 _POOLED_BYTES: Final = 1 * MIB
 _ALIGNMENT: Final = 4096
 DEFAULT_KEPT_BYTES: Final = 256 * MIB
+_DESK_BYTES: Final = 16 << 10
+_MAX_ON_DESK: Final = 1024
 
 
 class Buffers:
@@ -76,6 +79,39 @@ class Buffers:
             while self._kept > self._limit:
                 _, dropped = self._free.popitem(last=False)
                 self._kept -= dropped.nbytes
+
+
+class Room(NamedTuple):
+    """The same memory as bytes and as a tensor."""
+
+    bytes: memoryview
+    tensor: torch.Tensor
+
+
+class Desk:
+    """Room for tensors that are used up at once: a small one is kept for the next of the same type and shape.
+
+    To make an array, look at its bytes and wrap it in a tensor takes longer than a small product.
+
+    Args:
+        buffers: where the room for large ones comes from, which is not kept.
+    """
+
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
+        self._rooms: dict[WireTensor, Room] = {}
+
+    def room(self, tensor: WireTensor) -> Room:
+        """Where ``tensor`` can lie until the next one that is like it comes."""
+        found = self._rooms.get(tensor)
+        if found is None:
+            array = self._buffers.take(tensor)
+            found = Room(bytes_of_array(array), as_tensor(array, tensor.dtype))
+            if array.nbytes <= _DESK_BYTES:
+                if len(self._rooms) >= _MAX_ON_DESK:
+                    self._rooms.clear()
+                self._rooms[tensor] = found
+        return found
 
 
 def _aligned(size: int) -> Array:

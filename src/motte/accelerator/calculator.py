@@ -34,8 +34,10 @@ class Calculator:
     """One client's state on ``device``.
 
     Products are computed in the dtype of the input; a bfloat16 input means: multiplied in bfloat16, answered in
-    float32. TensorFloat-32 is off: an answer must be as exact as its dtype says, or honest answers would have to be let
-    pass that a liar could hide in.
+    float32. TensorFloat-32 is off, and so are sums in bfloat16 and the caller's autocast: an answer must be as exact as
+    its dtype says, or honest answers would have to be let pass that a liar could hide in.
+
+    An input need not outlive the call, nor the work that it returned: what is kept is copied.
     """
 
     asynchronous = False
@@ -43,6 +45,7 @@ class Calculator:
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
+        self._on_cpu = self.device.type == "cpu"
         self._operations: dict[int, LinearOperation] = {}
         self._weights: dict[int, Tensor] = {}
         self._cast: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -90,6 +93,9 @@ class Calculator:
     # --- products ---------------------------------------------------------------------------------------------------
     def forward(self, layer: int, x: Tensor, *, hold: int | None) -> Tensor:
         """The product, on the device; keeps a copy of ``x`` under number ``hold``."""
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
+                return self.forward(layer, x, hold=hold)
         operation = self._operation(layer)
         # A shape that does not fit is torch's to refuse.
         here = self._take(x, keep=False) if hold is None else self.hold(layer, hold, x)
@@ -97,6 +103,9 @@ class Calculator:
 
     def backward(self, layer: int, held: int, gradient: Tensor, *, need_input: bool, need_weight: bool) -> Gradients:
         """Gradients for a held input, on the device. They have the dtype of ``gradient``, bfloat16 gives float32."""
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
+                return self.backward(layer, held, gradient, need_input=need_input, need_weight=need_weight)
         operation = self._operation(layer)
         if held not in self._held or self._held[held][0] != layer:
             raise InputError("no such held input of this layer", got=str(held))
@@ -144,6 +153,8 @@ class Calculator:
     # --- inside -----------------------------------------------------------------------------------------------------
     def _take(self, tensor: Tensor, *, keep: bool) -> Tensor:
         """``tensor`` on the device; with ``keep`` never the caller's own memory."""
+        if tensor.is_cpu and self._on_cpu and not keep:
+            return tensor
         return tensor.to(self.device, copy=keep)
 
     def _operation(self, layer: int) -> LinearOperation:

@@ -263,6 +263,8 @@ class AcceleratorClient:
         return results
 
     def _releases(self) -> list[Request]:
+        if not self._released:
+            return []
         numbers, self._released = self._released, []
         return [
             Request(Op.RELEASE, step=self._step, extra=encode_numbers(tuple(numbers[start : start + MAX_RELEASED])))

@@ -186,7 +186,7 @@ class Conversation:
         if self._region is not None:
             self._shared = RegionTensors(self._region)
             self._places = Places(self._region.bytes)
-            self._reader.region_bytes = self._region.bytes
+            self._reader.heads.share(self._region.bytes)
 
     # --- requests ---------------------------------------------------------------------------------------------------
     def send(self, *requests: Request) -> None:
@@ -195,9 +195,9 @@ class Conversation:
         Raises:
             LinkError, FrameError: each names peer, layer and step. What the recorder raises; nothing was sent then.
         """
+        began = time.perf_counter()
         parts: list[Buffer] = []
         for request in requests:
-            began = time.perf_counter()
             call, body = self._lay_out(request)
             head = encode(call)
             if self._recorder is not None:
@@ -213,18 +213,16 @@ class Conversation:
             if request.layer is not None:
                 counts = request.layer.counts
                 counts.sent_frames += 1
-                if request.described is not None:
-                    counts.sent_bytes += request.described.bytes
-                counts.send_s += time.perf_counter() - began
+                counts.sent_bytes += call.tensor_bytes
             self._sequence += 1
             if self._shared is not None:
                 self.region_sent_bytes += call.region_bytes
-        began = time.perf_counter()
         try:
             self.wire.send(parts, Deadline(self._timeout_s), self._reader)
         except (LinkError, FrameError) as problem:
             raise self._located(problem, requests[-1]) from problem
         if (layer := requests[-1].layer) is not None:
+            # What goes before it belongs to no layer.
             layer.counts.send_s += time.perf_counter() - began
 
     def wait(self, request: Request) -> None:
@@ -281,7 +279,7 @@ class Conversation:
             if tensors[0].offset is not None and self._shared is not None:
                 self._shared.view(tensors[0]).copy_(request.tensor)
             else:
-                body = bytes_of(request.tensor if request.tensor.is_contiguous() else request.tensor.contiguous())
+                body = bytes_of(request.tensor.contiguous())
         call = Call(
             request.op, self._sequence, request.step, number, request.flags, request.held, 0, tensors, places,
             request.extra,
@@ -304,8 +302,8 @@ class Conversation:
         self._arriving = (call, head)
         if call.op is not Op.ANSWER:
             return ()
-        request = self._match(call)
-        self._room = [self._buffers.take(answer) for answer in request.answers]
+        self._match(call)
+        self._room = [self._buffers.take(tensor) for tensor in call.tensors]
         pairs = zip(self._room, call.tensors, strict=True)
         return [bytes_of_array(array) for array, tensor in pairs if tensor.offset is None]
 
@@ -321,8 +319,8 @@ class Conversation:
         else:
             self._answered(call, head)
 
-    def _match(self, call: Call) -> Request:
-        """The request that ``call`` answers, if it is exactly what comes next."""
+    def _match(self, call: Call) -> None:
+        """Refuse ``call`` unless it is exactly the answer that comes next."""
         peer = self.wire.peer
         if not self._expected:
             where = peer if self._latest is None else self._latest.where(peer)
@@ -333,21 +331,24 @@ class Conversation:
         sent = request.call
         if sent is None:
             raise RuntimeError("a request is expected that was not sent")
-        where = request.where(peer)
         if call.sequence != sent.sequence:
             what = "stale answer, or a second one" if call.sequence < sent.sequence else "answer out of turn"
-            raise FrameError(what, where=where, expected=f"number {sent.sequence}", got=f"number {call.sequence}")
-        if (call.layer, call.step) != (sent.layer, sent.step):
+            raise FrameError(
+                what,
+                where=request.where(peer),
+                expected=f"number {sent.sequence}",
+                got=f"number {call.sequence}",
+            )
+        if call.layer != sent.layer or call.step != sent.step:
             got = f"layer {call.layer}, step {call.step}"
-            raise FrameError("answer for another layer or step", where=where, got=got)
+            raise FrameError("answer for another layer or step", where=request.where(peer), got=got)
         if call.tensors != sent.places:
             raise FrameError(
                 "answer of another shape, dtype or place than was asked for",
-                where=where,
+                where=request.where(peer),
                 expected=_describe(sent.places),
                 got=_describe(call.tensors),
             )
-        return request
 
     def _answered(self, call: Call, head: bytes) -> None:
         began = time.perf_counter()
@@ -372,11 +373,12 @@ class Conversation:
             )
             request.results = []
         request.done = True
-        self.region_received_bytes += call.region_bytes
+        if self._shared is not None:
+            self.region_received_bytes += call.region_bytes
         if request.layer is not None:
             counts = request.layer.counts
             counts.received_frames += 1
-            counts.received_bytes += sum(tensor.bytes for tensor in call.tensors)
+            counts.received_bytes += call.tensor_bytes
             counts.compute_s += call.compute_ns / 1e9
             counts.receive_s += time.perf_counter() - began
         self._on_answer(request)

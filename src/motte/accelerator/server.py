@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch
 
-from motte.accelerator.buffers import Array, Buffers, as_tensor, bytes_of_array
+from motte.accelerator.buffers import Buffers, Desk, Room
 from motte.accelerator.calculator import Calculator, Work
 from motte.accelerator.conversation import PROTOCOL
 from motte.accelerator.tensors import RegionTensors, bytes_of
@@ -74,8 +74,8 @@ class AcceleratorServer:
         self._region: Region | None = None
         self._shared: RegionTensors | None = None
         self._expected = 0
-        self._arriving: tuple[Call, list[Array]] | None = None
-        self._buffers = Buffers()
+        self._arriving: tuple[Call, list[Room]] | None = None
+        self._desk = Desk(Buffers())
         self._sender: _Sender | None = None
         self._sending = threading.Lock()
 
@@ -84,17 +84,20 @@ class AcceleratorServer:
         """Until the client goes. Nothing is raised for what a client did: it is told, where it still listens."""
         if self.calculator.asynchronous:
             self._sender = _Sender(self)
-        deadline = Deadline(HELLO_S)
-        with self._ending():
-            while True:
-                began = self.requests
-                self.wire.fill(self._reader, deadline)
-                # An idle client may take its time; one that began a frame may not.
-                if self.requests != began:
-                    deadline = Deadline(None if self._reader.between_frames else TAKE_S)
-                elif deadline.at is None:
-                    deadline = Deadline(TAKE_S)
-        self.close()
+        deadline, idle = Deadline(HELLO_S), Deadline(None)
+        try:
+            with self._ending():
+                while True:
+                    began = self.requests
+                    self.wire.fill(self._reader, deadline)
+                    # An idle client may take its time; one that began a frame may not.
+                    if self.requests != began:
+                        deadline = idle if self._reader.between_frames else Deadline(TAKE_S)
+                    elif deadline is idle:
+                        deadline = Deadline(TAKE_S)
+        finally:
+            # After a bug of ours too: the client is not to wait for its time limit.
+            self.close()
 
     def take(self, data: bytes) -> None:
         """Bytes that arrive within our own process; see :class:`motte.link.wire.MemoryWire`."""
@@ -125,9 +128,10 @@ class AcceleratorServer:
                 expected=f"number {self._expected}",
                 got=f"number {call.sequence}, {call.op.name}",
             )
-        inline = [self._buffers.take(tensor) for tensor in call.tensors if tensor.offset is None]
+        # No request has two tensors, and a calculator copies what it keeps.
+        inline = [self._desk.room(tensor) for tensor in call.tensors if tensor.offset is None]
         self._arriving = (call, inline)
-        return [bytes_of_array(array) for array in inline]
+        return [room.bytes for room in inline]
 
     def finish(self) -> None:
         """The frame is complete; see :class:`motte.link.wire.Receiver`."""
@@ -136,11 +140,7 @@ class AcceleratorServer:
         (call, inline), self._arriving = self._arriving, None
         self._expected += 1
         self.requests += 1
-        left = iter(inline)
-        tensors = [
-            as_tensor(next(left), tensor.dtype) if tensor.offset is None else self.place(tensor)
-            for tensor in call.tensors
-        ]
+        tensors = [self.place(tensor) if tensor.offset is not None else inline.pop(0).tensor for tensor in call.tensors]
         try:
             self.handle(call, tensors)
         except (LinkError, Over):
@@ -196,12 +196,16 @@ class AcceleratorServer:
     # --- frames out -------------------------------------------------------------------------------------------------
     def answer(self, call: Call, tensors: Sequence[torch.Tensor], compute_ns: int) -> None:
         """Send the answer to ``call``: ``tensors`` already lie where its places say, except for inline ones."""
-        described = tuple(
-            place if place.offset is not None else Tensor(place.dtype, tuple(tensor.shape))
-            for place, tensor in zip(call.places, tensors, strict=True)
-        )
-        reply = Call(Op.ANSWER, call.sequence, call.step, call.layer, compute_ns=compute_ns, tensors=described)
-        inline = [bytes_of(tensor) for tensor, place in zip(tensors, described, strict=True) if place.offset is None]
+        described: list[Tensor] = []
+        inline: list[Buffer] = []
+        for place, tensor in zip(call.places, tensors, strict=True):
+            if place.offset is None:
+                if tensor.shape != place.shape:
+                    # Told as it is: the client then says that it asked for another.
+                    place = place._replace(shape=tuple(tensor.shape))
+                inline.append(bytes_of(tensor))
+            described.append(place)
+        reply = Call(Op.ANSWER, call.sequence, call.step, call.layer, 0, 0, compute_ns, tuple(described))
         self.send(encode(reply), *inline)
 
     def refuse(self, problem: MotteError, call: Call | None = None) -> None:
@@ -263,7 +267,7 @@ class AcceleratorServer:
                 os.close(descriptor)
         if self._region is not None:
             self._shared = RegionTensors(self._region)
-            self._reader.region_bytes = self._region.bytes
+            self._reader.heads.share(self._region.bytes)
             self.calculator.share(self._shared.all)
 
     def _say_hello(self, kind: str, descriptor: int | None) -> None:

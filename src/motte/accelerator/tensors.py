@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from motte.accelerator.buffers import Array
+from motte.accelerator.buffers import Array, bytes_of_array
 from motte.errors import InputError
 from motte.link.calls import Tensor as WireTensor
 from motte.link.region import Region
@@ -40,11 +40,9 @@ def wire_dtype(tensor: torch.Tensor, *, where: str) -> str:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor without a history; the view writes through."""
-    if not tensor.numel():
-        return memoryview(b"")
-    if tensor.dtype == torch.bfloat16:  # which numpy does not have
+    if tensor.dtype is torch.bfloat16:  # which numpy does not have
         tensor = tensor.view(torch.int16)
-    return tensor.numpy().data.cast("B")
+    return bytes_of_array(tensor.numpy())
 
 
 def from_bytes(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -82,7 +80,8 @@ def copy_in(shared: torch.Tensor, into: torch.Tensor) -> bool:
 def is_finite(array: Array) -> bool:
     """Whether every value is finite."""
     if array.size <= _SMALL:
-        return bool(np.isfinite(array).all())
+        # As in _is_finite.
+        return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())
     flat = torch.from_numpy(array).view(-1)
     return all(_is_finite(flat[start : start + _PIECE]) for start in range(0, flat.numel(), _PIECE))
 

@@ -62,7 +62,10 @@ class Flag:
 
 
 _OPS: Final[Mapping[int, Op]] = {int(op): op for op in Op}
-_CACHED_META_BYTES: Final = 256
+_FIELDS: Final = struct.Struct(">8sQQI4sQQIQ")
+"""The 60 bytes once more: magic to flags, sequence, step, layer, tensors to reserved, held, compute_ns, meta, body."""
+_KNOWN_META_BYTES: Final = 256
+_MAX_KNOWN: Final = 4096
 TO_ACCELERATOR: Final = frozenset({Op.HELLO, Op.REGISTER, Op.WEIGHT, Op.FORWARD, Op.BACKWARD, Op.RELEASE})
 FROM_ACCELERATOR: Final = frozenset({Op.HELLO, Op.ANSWER, Op.REFUSAL})
 
@@ -102,14 +105,25 @@ class Call(NamedTuple):
     extra: bytes = b""
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the tensors, wherever they are."""
+        return sum(_sizes(self.tensors))
+
+    @property
     def inline_bytes(self) -> int:
         """Bytes of the tensors that travel in the frame's body."""
-        return sum(tensor.bytes for tensor in self.tensors if tensor.offset is None)
+        return _sizes(self.tensors)[0]
 
     @property
     def region_bytes(self) -> int:
         """Bytes of the tensors that lie in shared memory."""
-        return sum(tensor.bytes for tensor in self.tensors if tensor.offset is not None)
+        return _sizes(self.tensors)[1]
+
+
+@lru_cache(maxsize=_MAX_KNOWN)
+def _sizes(tensors: tuple[Tensor, ...]) -> tuple[int, int]:
+    inline = sum(tensor.bytes for tensor in tensors if tensor.offset is None)
+    return inline, sum(tensor.bytes for tensor in tensors) - inline
 
 
 class Rule(NamedTuple):
@@ -148,21 +162,19 @@ def encode(call: Call) -> bytes:
     """Header, descriptors and extra part; the body follows it."""
     op, sequence, step, layer, flags, held, compute_ns, tensors, places, extra = call
     described, inline_bytes = _encode_tensors(tensors, places)
-    meta = described + extra
-    return (
-        HEADER.pack(
-            MAGIC, VERSION, op, flags, sequence, step, layer, len(tensors), len(places), 0, held, compute_ns,
-            len(meta), inline_bytes,
-        )
-        + meta
+    meta_bytes = len(described) + len(extra)
+    header = HEADER.pack(
+        MAGIC, VERSION, op, flags, sequence, step, layer, len(tensors), len(places), 0, held, compute_ns,
+        meta_bytes, inline_bytes,
     )  # fmt: skip
+    return header + described + extra
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=_MAX_KNOWN)
 def _encode_tensors(tensors: tuple[Tensor, ...], places: tuple[Tensor, ...]) -> tuple[bytes, int]:
     # Cached: layers send the same shapes step after step.
-    inline = sum(tensor.bytes for tensor in tensors if tensor.offset is None)
-    return b"".join(_encode_tensor(tensor) for tensor in (*tensors, *places)), inline
+    described = b"".join(_encode_tensor(tensor) for tensor in (*tensors, *places))
+    return described, _sizes(tensors)[0]
 
 
 def _encode_tensor(tensor: Tensor) -> bytes:
@@ -208,61 +220,89 @@ def decode_meta(header: Header, meta: bytes, *, peer: str, region_bytes: int) ->
     Raises:
         FrameError: a descriptor that is malformed or points outside, or contents that this kind of frame cannot have.
     """
-    bare = header.call
-    read = _decode_known if len(meta) <= _CACHED_META_BYTES else _decode
-    layer, held, timed = bare.layer != NO_LAYER, bare.held != 0, bare.compute_ns != 0
     try:
-        tensors, places, extra = read(
-            meta,
-            header.tensors,
-            header.places,
-            header.body_bytes,
-            region_bytes,
-            bare.op,
-            bare.flags,
-            layer,
-            held,
-            timed,
-        )
+        call = _decode(header, meta, region_bytes)
+        _check(call)
     except FrameError as problem:
         facts = {"expected": problem.expected, "got": problem.got}
-        raise FrameError(problem.message, where=_at(peer, bare.op), **facts) from problem
-    return Call(
-        bare.op, bare.sequence, bare.step, bare.layer, bare.flags, bare.held, bare.compute_ns, tensors, places, extra
-    )
+        raise FrameError(problem.message, where=_at(peer, header.call.op), **facts) from problem
+    return call
 
 
-_Meta = tuple[tuple[Tensor, ...], tuple[Tensor, ...], bytes]
+class HeadReader:
+    """Decodes the heads of frames from one peer, as :func:`decode_header` and :func:`decode_meta` do.
+
+    Layers send the same shapes step after step. So what has passed every check is known again by its bytes: all of
+    them but the numbers, of which no check looks at more than whether they are 0. Refusals are not kept.
+
+    Args:
+        peer: what the other side is called in errors.
+        allowed: kinds of frames that may come from it.
+    """
+
+    __slots__ = ("_allowed", "_known", "_peer", "_region_bytes")
+
+    def __init__(self, *, peer: str, allowed: frozenset[Op]) -> None:
+        self._peer = peer
+        self._allowed = allowed
+        self._region_bytes = 0
+        self._known: dict[tuple[object, ...], Call] = {}
+
+    def share(self, region_bytes: int) -> None:
+        """From now on tensors may lie in shared memory of this size."""
+        self._region_bytes = region_bytes
+        self._known.clear()
+
+    def read(self, raw: memoryview, start: int, end: int) -> tuple[Call, bytes, int] | None:
+        """What the frame at ``start`` says, its bytes up to the body, and the body's size.
+
+        None: they are not all there before ``end``; of those that are, nothing is wrong yet.
+
+        Raises:
+            FrameError: it is no frame that may come from there.
+        """
+        body_at = start + HEADER.size
+        if end < body_at:
+            return None
+        fixed, sequence, step, layer, counts, held, nanoseconds, meta_bytes, body_bytes = _FIELDS.unpack_from(
+            raw, start
+        )
+        body_at += meta_bytes
+        if end < body_at:
+            decode_header(raw, peer=self._peer, allowed=self._allowed, start=start)
+            return None
+        head = bytes(raw[start:body_at])
+        meta = head[HEADER.size :]
+        key = (fixed, counts, body_bytes, meta, not layer, not held, not nanoseconds)
+        known = self._known.get(key)
+        if known is None:
+            header = decode_header(head, peer=self._peer, allowed=self._allowed)
+            call = decode_meta(header, meta, peer=self._peer, region_bytes=self._region_bytes)
+            if meta_bytes <= _KNOWN_META_BYTES and not call.extra:
+                if len(self._known) >= _MAX_KNOWN:
+                    self._known.clear()
+                self._known[key] = call
+            return call, head, body_bytes
+        op, _, _, _, flags, _, _, tensors, places, extra = known
+        call = Call(op, sequence, step, layer, flags, held, nanoseconds, tensors, places, extra)
+        return call, head, body_bytes
 
 
-def _decode(
-    meta: bytes,
-    tensors: int,
-    places: int,
-    body_bytes: int,
-    region_bytes: int,
-    op: Op,
-    flags: int,
-    layer: bool,
-    held: bool,
-    timed: bool,
-) -> _Meta:
-    """Descriptors and extra part, all rules checked; ``layer``, ``held`` and ``timed`` say which of them are not 0."""
+def _decode(header: Header, meta: bytes, region_bytes: int) -> Call:
     found: list[Tensor] = []
     at = 0
-    for _ in range(tensors + places):
+    for _ in range(header.tensors + header.places):
         tensor, at = _decode_tensor(meta, at, region_bytes)
         found.append(tensor)
-    inline = sum(tensor.bytes for tensor in found[:tensors] if tensor.offset is None)
-    if inline != body_bytes:
-        raise FrameError("body of another length than its tensors", expected=f"{inline} bytes", got=f"{body_bytes}")
-    extra = meta[at:]
-    _check(op, flags, tensors, places, len(extra), layer, held, timed)
-    return tuple(found[:tensors]), tuple(found[tensors:]), extra
-
-
-_decode_known = lru_cache(maxsize=4096)(_decode)
-"""The same bytes mean the same: layers answer with the same shapes step after step. Refusals are not kept."""
+    tensors, places = tuple(found[: header.tensors]), tuple(found[header.tensors :])
+    call = header.call._replace(tensors=tensors, places=places, extra=meta[at:])
+    if call.inline_bytes != header.body_bytes:
+        raise FrameError(
+            "body of another length than its tensors",
+            expected=f"{call.inline_bytes} bytes",
+            got=f"{header.body_bytes}",
+        )
+    return call
 
 
 def _decode_tensor(meta: bytes, at: int, region_bytes: int) -> tuple[Tensor, int]:
@@ -286,11 +326,11 @@ def _decode_tensor(meta: bytes, at: int, region_bytes: int) -> tuple[Tensor, int
     return tensor, at + 4 * dims
 
 
-def _check(
-    op: Op, flags: int, tensors: int, places: int, extra_bytes: int, layer: bool, held: bool, timed: bool
-) -> None:
-    """What the kind of frame demands of its contents as a whole."""
-    rule = RULES[op]
+def _check(call: Call) -> None:
+    """What the kind of frame demands of its contents as a whole. Of numbers it may see only whether they are 0."""
+    op, flags, rule = call.op, call.flags, RULES[call.op]
+    layer, held, timed = call.layer != NO_LAYER, call.held != 0, call.compute_ns != 0
+    tensors, places, extra_bytes = len(call.tensors), len(call.places), len(call.extra)
     if not rule.tensors[0] <= tensors <= rule.tensors[1]:
         raise FrameError("wrong number of tensors", got=str(tensors))
     if places != answers_of(op, flags):

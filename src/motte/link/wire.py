@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 from motte.errors import FrameError, PeerClosed, PeerStalled
 from motte.limits import MAX_CALL_META_BYTES
-from motte.link.calls import HEADER, Call, Header, Op, decode_header, decode_meta
+from motte.link.calls import HEADER, Call, HeadReader, Op
 
 _SCRATCH_BYTES: Final = HEADER.size + MAX_CALL_META_BYTES
 Buffer = bytes | bytearray | memoryview
@@ -69,13 +69,10 @@ class FrameReader:
     """
 
     def __init__(self, receiver: Receiver, *, peer: str, allowed: frozenset[Op]) -> None:
-        self.region_bytes = 0
+        self.heads = HeadReader(peer=peer, allowed=allowed)
         self._receiver = receiver
-        self._peer = peer
-        self._allowed = allowed
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._start = self._end = 0
-        self._header: Header | None = None
         self._bodies: deque[memoryview] = deque()
         self._in_body = False
 
@@ -88,7 +85,7 @@ class FrameReader:
         """Where the next bytes go; never empty."""
         if self._in_body and self._start == self._end:
             return self._bodies[0]
-        return self._scratch[self._end :]
+        return self._scratch[self._end :] if self._end else self._scratch
 
     def advance(self, count: int) -> None:
         """``count`` bytes were put into :meth:`buffer`.
@@ -100,7 +97,7 @@ class FrameReader:
             self._bodies[0] = self._bodies[0][count:]
         else:
             self._end += count
-        while self._fill_body() if self._in_body else self._read_head():
+        while self._fill_body() if self._in_body else self._start < self._end and self._read_frame():
             pass
         if self._start == self._end:
             self._start = self._end = 0
@@ -109,22 +106,24 @@ class FrameReader:
             self._scratch[: len(left)] = left
             self._start, self._end = 0, len(left)
 
-    def _read_head(self) -> bool:
-        """Header and descriptors, if they are here; whether they were."""
-        start, here = self._start, self._end - self._start
-        if self._header is None:
-            if here < HEADER.size:
-                return False
-            self._header = decode_header(self._scratch, peer=self._peer, allowed=self._allowed, start=start)
-        header = self._header
-        total = HEADER.size + header.meta_bytes
-        if here < total:
+    def _read_frame(self) -> bool:
+        """The next head, and the body with it if all of it is here; whether the head was."""
+        found = self.heads.read(self._scratch, self._start, self._end)
+        if found is None:
             return False
-        head = bytes(self._scratch[start : start + total])
-        call = decode_meta(header, head[HEADER.size :], peer=self._peer, region_bytes=self.region_bytes)
-        self._start = start + total
+        call, head, body_bytes = found
+        start = self._start + len(head)
+        end = start + body_bytes
+        self._start = start
         bodies = self._receiver.begin(call, head)
-        if sum(map(len, bodies)) != header.body_bytes:
+        if end <= self._end and len(bodies) == 1 and len(bodies[0]) == body_bytes:
+            # Most frames: one small tensor, which came along.
+            if body_bytes:
+                bodies[0][:] = self._scratch[start:end]
+            self._start = end
+            self._receiver.finish()
+            return True
+        if sum(map(len, bodies)) != body_bytes:
             raise RuntimeError("the receiver made room for another number of bytes")
         self._bodies.extend(bodies)
         self._in_body = True
@@ -145,7 +144,7 @@ class FrameReader:
                 self._bodies.popleft()
             else:
                 self._bodies[0] = body[count:]
-        self._in_body, self._header = False, None
+        self._in_body = False
         self._receiver.finish()
         return True
 
@@ -209,19 +208,19 @@ class SocketWire:
 
     def send(self, parts: Sequence[Buffer], deadline: Deadline, reader: FrameReader | None = None) -> None:
         """See :class:`Wire`."""
-        left = [memoryview(part) for part in parts if len(part)]
         try:
+            if not self._tls:
+                # Nearly always the socket takes all of it.
+                sent = self._send_some(parts)
+                if sent == sum(map(len, parts)):
+                    return
+                parts = _after(parts, sent)
+            left = _after(parts, 0)
             while left:
                 sent = self._send_some(left)
-                self.sent_bytes += sent
-                while left and sent >= len(left[0]):
-                    sent -= len(left.pop(0))
-                if not left:
-                    return
-                left[0] = left[0][sent:]
-                if sent:
-                    continue
-                self._wait_to_send(deadline, reader)
+                if not sent:
+                    self._wait_to_send(deadline, reader)
+                left = _after(left, sent)
         except OSError as problem:
             raise PeerClosed("the link was closed while sending", where=self.peer, got=str(problem)) from problem
 
@@ -239,15 +238,17 @@ class SocketWire:
     def fill(self, reader: FrameReader, deadline: Deadline) -> None:
         """See :class:`Wire`."""
         try:
-            while True:
-                if deadline.long_over or (not self._tls and not self._readable.poll(deadline.left_ms())):
-                    raise self._stalled(deadline)
-                if self._receive_some(reader):
+            while not deadline.long_over:
+                # TLS may have decrypted more than it gave out, which no poll sees.
+                if self._tls and self._receive_some(reader):
                     return
-                if self._tls and not self._readable.poll(deadline.left_ms()):
-                    raise self._stalled(deadline)
+                if not self._readable.poll(deadline.left_ms()):
+                    break
+                if not self._tls and self._receive_some(reader):
+                    return
         except OSError as problem:
             raise PeerClosed("the link broke", where=self.peer, got=str(problem)) from problem
+        raise PeerStalled("no answer in time", where=self.peer, expected=deadline.expected())
 
     def finish_sending(self, deadline: Deadline) -> None:
         """Tell the peer that nothing more comes, and read and forget what it still sends, until it closes."""
@@ -278,11 +279,13 @@ class SocketWire:
         self.interrupt()
         self._socket.close()
 
-    def _send_some(self, parts: list[memoryview]) -> int:
+    def _send_some(self, parts: Sequence[Buffer]) -> int:
         try:
-            return self._socket.send(parts[0]) if self._tls else self._socket.sendmsg(parts)
+            sent = self._socket.send(parts[0]) if self._tls else self._socket.sendmsg(parts)
         except (BlockingIOError, InterruptedError, ssl.SSLWantWriteError):
             return 0
+        self.sent_bytes += sent
+        return sent
 
     def _wait_to_send(self, deadline: Deadline, reader: FrameReader | None) -> None:
         poll = self._writable if reader is None else self._both
@@ -312,9 +315,6 @@ class SocketWire:
             raise FrameError("more descriptors than one", where=self.peer)
         buffer[: len(data)] = data
         return len(data)
-
-    def _stalled(self, deadline: Deadline) -> PeerStalled:
-        return PeerStalled("no answer in time", where=self.peer, expected=deadline.expected())
 
 
 class MemoryWire:
@@ -369,6 +369,16 @@ class MemoryWire:
         else:
             self.received_bytes += len(data)
             self.take(data)
+
+
+def _after(parts: Sequence[Buffer], count: int) -> list[memoryview]:
+    """What is left of ``parts`` without their first ``count`` bytes."""
+    left: list[memoryview] = []
+    for part in parts:
+        if count < len(part):
+            left.append(memoryview(part)[count:])
+        count = max(0, count - len(part))
+    return left
 
 
 def feed(reader: FrameReader, data: bytes) -> None:

@@ -15,7 +15,8 @@ computing, from what lies in the answer's place already; what is timed is the li
 every value checked, and the frames. It is compared with two ``memcpy`` (``torch.Tensor.copy_`` between two private
 buffers) of as many bytes on as many threads.
 
-Interleaved, after warm-up, median of ``--repeats`` rounds.
+Interleaved, after warm-up, median of ``--repeats`` rounds. On a machine that does other work too, look at the fastest
+round: whoever waits for the peer waits for a core as well.
 """
 
 from __future__ import annotations

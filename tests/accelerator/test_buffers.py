@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from motte.accelerator.buffers import Buffers, as_tensor, bytes_of_array
+from motte.accelerator.buffers import Buffers, Desk, as_tensor, bytes_of_array
 from motte.accelerator.tensors import copy_in, is_finite
 from motte.link.calls import DTYPE_BYTES, Tensor
 
@@ -102,3 +102,33 @@ def test_what_is_checked_is_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tensors, "_is_finite", repair)
     assert not copy_in(shared, into), "what was read bad stays bad, whatever lies in the shared memory by now"
+
+
+def test_a_desk_keeps_room_for_small_tensors_only() -> None:
+    desk = Desk(Buffers())
+    small = Tensor("f32", (4, 16))
+    assert desk.room(small) is desk.room(Tensor("f32", (4, 16)))
+    assert desk.room(small) is not desk.room(Tensor("f32", (16, 4)))
+    assert desk.room(small) is not desk.room(Tensor("bf16", (4, 16)))
+    assert desk.room(LARGE) is not desk.room(LARGE)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 3)])
+def test_bytes_and_tensor_on_a_desk_are_the_same_memory(dtype: str, shape: tuple[int, ...]) -> None:
+    described = Tensor(dtype, shape)
+    room = Desk(Buffers()).room(described)
+    room.tensor.fill_(1.0)
+    if described.bytes:
+        room.bytes[:] = bytes(described.bytes)
+    assert tuple(room.tensor.shape) == shape
+    assert not room.tensor.any()
+
+
+def test_a_desk_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("motte.accelerator.buffers._MAX_ON_DESK", 2)
+    desk = Desk(Buffers())
+    first = desk.room(Tensor("f32", (1,)))
+    desk.room(Tensor("f32", (2,)))
+    desk.room(Tensor("f32", (3,)))
+    assert desk.room(Tensor("f32", (1,))) is not first

@@ -303,6 +303,20 @@ def test_a_product_that_torch_cannot_compute_is_a_refusal(against: Any) -> None:
     assert "CUDA out of memory" in str(found.value.got)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_over_there_is_no_silence(against: Any) -> None:
+    class Broken(AcceleratorServer):
+        def handle(self, call: Call, tensors: Any) -> None:
+            if call.op is Op.FORWARD:
+                raise TypeError("a bug")
+            super().handle(call, tensors)
+
+    client, _ = against(Broken)
+    with pytest.raises(PeerClosed) as found:
+        ask(client)
+    assert "layer conv1, step 7" in str(found.value.where)
+
+
 def test_every_pending_answer_of_a_broken_link_fails(against: Any) -> None:
     client, _ = against(lie_with(lambda s, c, t: s.send(b"noise" * 100)))
     client.register("conv1", CONV)

@@ -320,3 +320,24 @@ def test_the_child_keeps_its_own_threads_and_ends_with_us() -> None:
 def test_an_unknown_device_says_so() -> None:
     with pytest.raises(PeerClosed, match="no such device"):
         LocalAccelerator("cuda:99")
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d, strided, grouped", "transposed"])
+def test_the_callers_autocast_does_not_reach_in(name: str) -> None:
+    operation, shape = OPERATIONS[name]
+    x, weight = torch.randn(shape), torch.randn(operation.weight_shape)
+    gradient = torch.randn(operation.output_shape(shape))
+    expected = compute.forward(operation, x, weight)
+    to_input = compute.input_gradient(operation, shape, weight, gradient)
+    to_weight = compute.weight_gradient(operation, x, gradient)
+    with InProcessAccelerator() as accelerator:
+        accelerator.register("layer", operation)
+        accelerator.put_weight("layer", weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert compute.forward(operation, x, weight).dtype == torch.bfloat16
+            got = accelerator.forward("layer", x, step=1, hold=True).result()
+            held = accelerator.last_held()
+            back = accelerator.backward("layer", held, gradient, step=1, need_input=True, need_weight=True).result()
+            assert torch.is_autocast_enabled("cpu")
+    for found, wanted in ((got, expected), (back.input, to_input), (back.weight, to_weight)):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

@@ -18,10 +18,10 @@ from motte.errors import SettingError, UnsupportedError
 from motte.linear.operation import LinearOperation
 from motte.offload.modules import can_split, operation_of
 from motte.offload.rules import is_vector
+from motte.offload.split_layer import DTYPES
 
 Inputs = Tensor | tuple[int, ...] | Sequence[Tensor]
 """What a model is called with: a tensor, its shape with the batch in front (float32), or a tuple of tensors."""
-SPLIT_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +268,7 @@ def _must_stay(seen: _Seen, operation: LinearOperation | None) -> str | None:
         return "its input has no batch axis"
     if not seen.shapes:
         return "it does not run as a module of its own"
-    if not seen.dtypes <= set(SPLIT_DTYPES):
+    if not seen.dtypes <= set(DTYPES):
         return "its element type is not split"
     if any(is_vector(operation, shape) for shape in seen.shapes):
         return "one vector per sample has nothing to decompose"

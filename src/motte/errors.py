@@ -8,6 +8,7 @@ MotteError
 |       `-- PlanError     no plan satisfies the request, or a plan breaks a rule
 |-- FormatError           bytes from outside do not follow the specification
 |   |-- GraphError        ... of a graph or its weights
+|   |-- EvidenceError     ... of attestation evidence (``check`` names the numbered check that failed)
 |   |-- BundleError       ... of a sealed bundle (``check`` names the numbered check that failed)
 |   |-- FrameError        ... of a frame on a link
 |   `-- RecordError       ... of a record of a measured figure
@@ -16,12 +17,15 @@ MotteError
 |   |-- RollbackError     a release below the demanded minimum
 |   |-- DecryptError      an authentication tag does not match
 |   |-- KeyAccessError    no key that we hold opens it
+|   |-- HandshakeError    a broker's answer: out of order, not its own, to another question (``check`` says which)
+|   |-- AttestationError  evidence that does not verify, or that a policy refuses (``check`` names the check)
 |   |-- MismatchError     the parts do not answer as the whole
 |   `-- IntegrityError    the accelerator's answer is not the product that was asked for
 |-- LinkError             the other side of a link
 |   |-- PeerClosed        closed it, or ended
 |   |-- PeerStalled       did not take or give a frame in time
 |   `-- PeerRefused       answered with an error of its own
+|       `-- BrokerRefused a key broker gave no keys (``kind`` and ``check`` are its reason)
 |-- WorkerError           the trusted worker
 |   |-- WorkerDied        ended, with its exit status or signal
 |   |-- WorkerStalled     did not answer within its time limit, and was killed
@@ -117,6 +121,14 @@ class BundleError(FormatError):
         self.check = check
 
 
+class EvidenceError(FormatError):
+    """Attestation evidence is malformed; ``check`` is the number of the failed check in docs/spec/evidence.md."""
+
+    def __init__(self, message: str, *, check: str | None = None, **facts: str | None) -> None:
+        super().__init__(message, **facts)
+        self.check = check
+
+
 class FrameError(FormatError):
     """A frame on a link is malformed, out of sequence or too large."""
 
@@ -149,6 +161,14 @@ class KeyAccessError(TrustError):
     """No key that we hold opens it."""
 
 
+class AttestationError(TrustError):
+    """Evidence does not verify, or a policy refuses it; ``check`` is the number in docs/spec/evidence.md."""
+
+
+class HandshakeError(TrustError):
+    """A key broker's answer is not to be trusted, or a step is out of order; ``check``: docs/spec/broker.md."""
+
+
 class MismatchError(TrustError):
     """The parts do not answer as the whole."""
 
@@ -171,6 +191,17 @@ class PeerStalled(LinkError):
 
 class PeerRefused(LinkError):
     """The other side answered with an error of its own. Its words are **unverified**."""
+
+
+class BrokerRefused(PeerRefused):
+    """A key broker gave no keys. ``kind`` is the class name of its own error, ``check`` the check that failed there."""
+
+    def __init__(
+        self, message: str, *, kind: str | None = None, check: str | None = None, **facts: str | None
+    ) -> None:
+        super().__init__(message, **facts)
+        self.kind = kind
+        self.check = check
 
 
 class WorkerError(MotteError):

@@ -54,10 +54,52 @@ MAX_MANIFEST_BYTES: Final = 256 * MIB
 MAX_RELEASE: Final = (1 << 53) - 1
 """Largest release number: the largest integer that every JSON reader keeps exact."""
 
+# --- lowered programs (docs/spec/bundle.md) -------------------------------------------------------------------------
+MAX_LOWERED_BYTES: Final = 64 * MIB
+"""One message of a lowered program, in base64."""
+MAX_LOWERED_CHECKS: Final = 64
+"""Comparisons with the reference that a bundle states."""
+
+# --- evidence (docs/spec/evidence.md) -------------------------------------------------------------------------------
+MAX_EVIDENCE_BYTES: Final = 4 * MIB
+"""One piece of evidence as it travels, certificates and collateral included."""
+MAX_EVIDENCE_DOCUMENTS: Final = 32
+MAX_GPU_REPORT_BYTES: Final = 64 * KIB
+"""A GPU's attestation report, request and answer together."""
+MAX_GPU_REFERENCE_BYTES: Final = 1 * MIB
+"""Good measurements of one GPU driver with one firmware, as its verifier's owner states them."""
+MAX_GPU_MEASUREMENTS: Final = 255
+MAX_POLICY_TEXT_BYTES: Final = 1 * MIB
+"""One policy as text."""
+MAX_COLLATERAL_BYTES: Final = 1 * MIB
+"""Collateral of one SGX or TDX platform: certificates, revocation lists, signed statements."""
+MAX_TPM_STRUCTURE_BYTES: Final = 4 * KIB
+"""One structure of a TPM: a public area, a quote, a signature, a challenge."""
+MAX_TPM_ENROLMENT_BYTES: Final = 512 * KIB
+"""One enrolled TPM's record, or the request for one, certificates included."""
+MAX_TPM_CERTIFICATES: Final = 4
+"""Certificates between a TPM's endorsement key and its maker's root, the key's own included."""
+
+# --- key broker (docs/spec/broker.md) -------------------------------------------------------------------------------
+MAX_BROKER_REQUEST_BYTES: Final = 8 * MIB
+"""One request to a key broker: a proof with its evidence, or a bundle's header to register."""
+MAX_BROKER_ANSWER_BYTES: Final = 8 * MIB
+MAX_BROKER_CONFIGURATIONS: Final = 64
+"""Run configurations that an owner signs for one bundle."""
+MAX_AUDIT_PAGE: Final = 4096
+"""Entry digests in one answer."""
+MAX_AUDIT_ENTRY_BYTES: Final = 64 * KIB
+MAX_KEY_WORD_BYTES: Final = 4 * KIB
+"""A file with a passphrase, a PIN, a wrapping key, a signed head or a broker's address."""
+MAX_RUN_CHARGE: Final = 1 << 40
+"""Releases that one training run may be charged for."""
+
 # --- link ---------------------------------------------------------------------------------------------------------
 MAX_FRAME_BYTES: Final = 1 * GIB
 MAX_FRAME_META_BYTES: Final = 1 * MIB
 MAX_FRAME_TENSORS: Final = 1024
+MAX_TCB_FILES: Final = 16_384
+"""Files that a worker lists as loaded."""
 MAX_CALL_META_BYTES: Final = 64 * KIB
 """Descriptors and other fields of one frame to or from an accelerator, without its header and tensors."""
 MAX_CALL_TENSORS: Final = 8

@@ -121,7 +121,7 @@ class Fields:
                 expected=f"at most {max_bytes} bytes",
                 got=repr(value)[:80],
             )
-        if any(0xD800 <= ord(char) <= 0xDFFF for char in value):
+        if not value.isascii() and any(0xD800 <= ord(char) <= 0xDFFF for char in value):
             raise self._error("lone surrogate in a string", where=f"{self.where}.{name}")
         return value
 

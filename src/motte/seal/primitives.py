@@ -28,6 +28,14 @@ published vectors, single-shot, bound to its context by ``info``. It does not sa
 HKDF-SHA256 (RFC 5869) for keys that follow from another one: a person who holds one private key then needs no second
 file for the key that signs their checkpoints and logs. The purpose is bound, so no two uses share a key.
 
+scrypt (RFC 7914) for keys that follow from a passphrase: hard to guess in hardware because of its memory. The default,
+N = 2^17 and r = 8, takes 128 MiB and about half a second (OWASP's recommendation).
+
+AES-256-GCM with a random 96-bit nonce for secrets at rest, their purpose as associated data; a few thousand messages
+under one key, far below the 2^32 of SP 800-38D, 8.3.
+
+HMAC-SHA256 (RFC 2104) for messages between two sides that share a key already.
+
 Ed25519 (RFC 8032) for signatures: deterministic, so that no bad random number leaks the key. OpenSSL accepts public
 keys of small order, for which anyone can make a signature; they are refused here.
 """
@@ -35,6 +43,7 @@ keys of small order, for which anyone can make a signature; they are refused her
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import threading
 from collections.abc import Iterable
@@ -47,6 +56,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from motte.errors import DecryptError, InputError, SignatureError
 
@@ -73,7 +83,11 @@ _HPKE_DOMAIN: Final = b"motte-hpke-1\x00"
 _CHANNEL_DOMAIN: Final = b"motte-channel-1\x00"
 _DERIVED_DOMAIN: Final = b"motte-derived-key-1\x00"
 _LOG_DOMAIN: Final = b"motte-log-1 header\x00"
+_STATEMENT_DOMAIN: Final = b"motte-statement-1\x00"
+_SECRET_DOMAIN: Final = b"motte-secret-1\x00"
+_MAC_DOMAIN: Final = b"motte-mac-1\x00"
 _KEY_ID_DOMAIN: Final = b"motte-key-id-1\x00"
+_SIMULATED_EVIDENCE_DOMAIN: Final = b"motte-simulated-evidence-1\x00"
 
 # The y-coordinates of the eight points of small order, with the non-canonical encodings of 0 and 1 (p and p + 1).
 _SMALL_ORDER_Y: Final = frozenset(
@@ -291,6 +305,90 @@ def verify_log(public: bytes, signature: bytes, signed: bytes) -> None:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _LOG_DOMAIN + signed)
     except (InvalidSignature, ValueError) as problem:
         raise SignatureError("the log is not signed by this key, or was altered") from problem
+
+
+def sign_statement(private: bytes, purpose: bytes, statement: bytes) -> bytes:
+    """Sign ``statement`` for one purpose and no other: 64 bytes."""
+    return Ed25519PrivateKey.from_private_bytes(private).sign(_statement(purpose, statement))
+
+
+def verify_statement(public: bytes, signature: bytes, purpose: bytes, statement: bytes) -> None:
+    """Return only if ``signature`` over the **unverified** ``statement`` for ``purpose`` is by ``public``.
+
+    Raises:
+        SignatureError: it is not.
+    """
+    try:
+        if not ed25519_usable(public):
+            raise InvalidSignature
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(purpose, statement))
+    except (InvalidSignature, ValueError) as problem:
+        raise SignatureError("the statement is not signed by this key, or was altered") from problem
+
+
+def _statement(purpose: bytes, statement: bytes) -> bytes:
+    # The length of the purpose stands first: no purpose and statement can be read as another pair.
+    return _STATEMENT_DOMAIN + len(purpose).to_bytes(2, "big") + purpose + statement
+
+
+# --- secrets at rest, and codes of a shared key ---------------------------------------------------------------------
+
+
+def passphrase_key(passphrase: bytes, salt: bytes, *, log2_n: int) -> bytes:
+    """32 secret bytes from a passphrase (scrypt, r = 8, p = 1); 2^(log2_n + 10) bytes of memory while it runs."""
+    return Scrypt(salt=salt, length=KEY_BYTES, n=1 << log2_n, r=8, p=1).derive(passphrase)
+
+
+def wrap_secret(key: bytes, secret: bytes, context: bytes) -> bytes:
+    """Encrypt ``secret`` for one purpose: 12 bytes of random nonce, then ciphertext and tag."""
+    nonce = random_bytes(12)
+    return nonce + AESGCM(key).encrypt(nonce, secret, _SECRET_DOMAIN + context)
+
+
+def unwrap_secret(key: bytes, wrapped: bytes, context: bytes) -> bytes:
+    """The inverse of :func:`wrap_secret`.
+
+    Raises:
+        DecryptError: another key or purpose, or altered.
+    """
+    try:
+        return AESGCM(key).decrypt(wrapped[:12], wrapped[12:], _SECRET_DOMAIN + context)
+    except (InvalidTag, ValueError) as problem:
+        raise DecryptError("the wrapped secret does not authenticate") from problem
+
+
+def message_code(key: bytes, message: bytes) -> bytes:
+    """HMAC-SHA256 of ``message``: 32 bytes."""
+    return hmac.digest(key, _MAC_DOMAIN + message, "sha256")
+
+
+def check_message_code(key: bytes, message: bytes, code: bytes) -> None:
+    """Return only if ``code`` is that of the **unverified** ``message``.
+
+    Raises:
+        DecryptError: it is not.
+    """
+    if not hmac.compare_digest(message_code(key, message), code):
+        raise DecryptError("the message is not from who shares this key, or was altered")
+
+
+def sign_simulated_evidence(private: bytes, statement: bytes) -> bytes:
+    """Sign a statement of simulated evidence with a development key: 64 bytes."""
+    return Ed25519PrivateKey.from_private_bytes(private).sign(_SIMULATED_EVIDENCE_DOMAIN + statement)
+
+
+def verify_simulated_evidence(public: bytes, signature: bytes, statement: bytes) -> None:
+    """Return only if ``signature`` over the **unverified** ``statement`` is by ``public``.
+
+    Raises:
+        SignatureError: it is not.
+    """
+    try:
+        if not ed25519_usable(public):
+            raise InvalidSignature
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, _SIMULATED_EVIDENCE_DOMAIN + statement)
+    except (InvalidSignature, ValueError) as problem:
+        raise SignatureError("the statement is not signed by this key, or was altered") from problem
 
 
 # --- derived keys -------------------------------------------------------------------------------------------------

@@ -196,9 +196,7 @@ class PeerRefused(LinkError):
 class BrokerRefused(PeerRefused):
     """A key broker gave no keys. ``kind`` is the class name of its own error, ``check`` the check that failed there."""
 
-    def __init__(
-        self, message: str, *, kind: str | None = None, check: str | None = None, **facts: str | None
-    ) -> None:
+    def __init__(self, message: str, *, kind: str | None = None, check: str | None = None, **facts: str | None) -> None:
         super().__init__(message, **facts)
         self.kind = kind
         self.check = check

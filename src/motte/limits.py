@@ -94,6 +94,13 @@ MAX_KEY_WORD_BYTES: Final = 4 * KIB
 MAX_RUN_CHARGE: Final = 1 << 40
 """Releases that one training run may be charged for."""
 
+# --- enclave images (docs/spec/image.md) ----------------------------------------------------------------------------
+MAX_GRAMINE_MANIFEST_BYTES: Final = 16 * MIB
+"""One manifest of Gramine; one with ten thousand files takes 2 MB."""
+MAX_IMAGE_RECORD_BYTES: Final = 16 * MIB
+"""The record of what an image holds."""
+MAX_IMAGE_FILES: Final = 65_536
+
 # --- link ---------------------------------------------------------------------------------------------------------
 MAX_FRAME_BYTES: Final = 1 * GIB
 MAX_FRAME_META_BYTES: Final = 1 * MIB

@@ -7,6 +7,7 @@ size before it parses, and :class:`Fields` makes a forgotten or unknown key an e
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -14,6 +15,9 @@ from motte.errors import FormatError
 
 T = TypeVar("T")
 _MAX_DEPTH = 32
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+"""A string, or the beginning of one that never ends. Possessive, so that no input makes it look twice at a byte."""
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
 
 def canonical(value: object) -> bytes:
@@ -50,25 +54,16 @@ def parse(data: bytes | str, *, max_bytes: int, what: str, error: type[FormatErr
 
 def _bound_depth(raw: bytes, what: str, error: type[FormatError]) -> None:
     # The C scanner recurses; bounding the nesting first keeps hostile input from reaching the interpreter's limit.
-    # Brackets inside strings are counted too, but a closing one never lowers the depth below zero.
-    depth, in_string, escaped = 0, False, False
+    # Strings are taken out first, in C, and so is everything else that is no bracket: what is left is short.
     if raw.count(b"[") + raw.count(b"{") <= _MAX_DEPTH:
         return
-    for byte in raw:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in (0x5B, 0x7B):
+    depth = 0
+    for byte in _STRING.sub(b"", raw).translate(None, _NO_BRACKETS):
+        if byte in (0x5B, 0x7B):
             depth += 1
             if depth > _MAX_DEPTH:
                 raise error("nested too deeply", where=what, expected=f"at most {_MAX_DEPTH} levels")
-        elif byte in (0x5D, 0x7D):
+        else:
             depth -= 1
 
 

@@ -22,7 +22,7 @@ def missing(text: str, root: Path) -> list[str]:
 
 def claims(text: str) -> dict[str, str]:
     """The numbered claims and their whole text."""
-    pieces = re.split(r"^\* \*\*([A-G]\d+)\.\*\*", text, flags=re.MULTILINE)
+    pieces = re.split(r"^\* \*\*([A-H]\d+)\.\*\*", text, flags=re.MULTILINE)
     return dict(zip(pieces[1::2], (piece.split("\n* **")[0] for piece in pieces[2::2]), strict=True))
 
 

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, A
 COMMANDS = dict(commands(typer.main.get_command(root.app)))
 VERBS = sorted(name for name, command in COMMANDS.items() if name and not getattr(command, "commands", {}))
 
+GROUPS = ("zoo", "keys", "recipients", "accelerator", "broker", "broker policy", "broker audit")
+
 
 def options_of(command: Any) -> frozenset[str]:
     named = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
@@ -51,6 +54,11 @@ def test_these_are_the_verbs() -> None:
         "zoo pull",
         "accelerator serve",
         "accelerator cert",
+        *(f"broker {verb}" for verb in ("init", "serve", "add", "revoke", "rotate", "backup", "restore")),
+        "broker policy check",
+        "broker policy set",
+        "broker audit verify",
+        "broker audit show",
         "seal-data",
         "train",
         "train-log",
@@ -76,7 +84,7 @@ def test_every_verb_has_the_common_options(verb: str) -> None:
     assert OPTIONS[verb] >= COMMON
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS, "zoo", "keys", "recipients", "accelerator"])
+@pytest.mark.parametrize("verb", ["", *VERBS, *GROUPS])
 def test_the_help_fits_80_columns_and_names_every_option(motte: Any, verb: str) -> None:
     found = motte(*verb.split(), "--help")
     assert (found.code, found.err) == (0, "")
@@ -166,8 +174,8 @@ def unknown_options(text: str, options: Options) -> list[str]:
         given = re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", line)
         allowed = every
         if is_code and line.startswith("motte "):
-            words = [word for word in line.split()[1:3] if re.fullmatch("[a-z]+", word)]
-            verb = next((name for name in (" ".join(words), "".join(words[:1])) if name in options), None)
+            words = list(takewhile(re.compile("[a-z][a-z-]*").fullmatch, line.split()[1:4]))
+            verb = next((name for n in (3, 2, 1) if (name := " ".join(words[:n])) in options), None)
             if verb is None and "".join(words[:1]) not in groups and words:
                 found.append(f"motte {words[0]}")
                 continue

@@ -175,3 +175,36 @@ def test_the_object_itself_is_not_changed() -> None:
 def test_only_objects_have_fields(value: Any) -> None:
     with pytest.raises(GraphError, match="not an object"):
         Fields(value, where="thing", error=GraphError)
+
+
+def depth_byte_by_byte(raw: bytes) -> int:
+    """The deepest nesting outside strings, the slow and obvious way."""
+    deepest = depth = 0
+    in_string = escaped = False
+    for byte in raw:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif byte == ord("\\"):
+                escaped = True
+            elif byte == ord('"'):
+                in_string = False
+        elif byte == ord('"'):
+            in_string = True
+        elif byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest
+
+
+@given(st.lists(st.sampled_from(['"', "\\", "[" * 7, "{" * 5, "]", "}", "a", "\n", "é"]), max_size=40))
+def test_nesting_is_counted_as_the_obvious_way_counts_it(pieces: list[str]) -> None:
+    text = "[" * 20 + "".join(pieces)
+    try:
+        parse(text, max_bytes=1 << 16, what="text")
+        nested = False
+    except FormatError as problem:
+        nested = "nested too deeply" in str(problem)
+    assert nested == (depth_byte_by_byte(text.encode()) > 32)

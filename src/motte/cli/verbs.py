@@ -6,6 +6,7 @@ from typing import Final
 
 from motte.cli import (
     accelerator,
+    broker,
     doctor,
     inspect,
     keys,
@@ -21,7 +22,13 @@ from motte.cli import (
     zoo,
 )
 
-GROUPS: Final = {"accelerator": accelerator.app, "keys": keys.app, "recipients": recipients.app, "zoo": zoo.app}
+GROUPS: Final = {
+    "accelerator": accelerator.app,
+    "broker": broker.app,
+    "keys": keys.app,
+    "recipients": recipients.app,
+    "zoo": zoo.app,
+}
 VERBS: Final = (
     plan.plan,
     seal.seal,

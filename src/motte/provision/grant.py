@@ -7,10 +7,9 @@ its own: THREAT_MODEL.md says so.
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 
-from motte.seal.primitives import HPKE_EXTRA_BYTES, ChannelCipher, hpke_open, hpke_seal
+from motte.seal.primitives import HPKE_EXTRA_BYTES, ChannelCipher, hpke_open, hpke_seal, random_bytes
 from motte.seal.reader import KeyEncryptionKey
 
 KEY_BYTES = 32
@@ -49,7 +48,7 @@ def make_grant(
     Raises:
         InputError: nothing can be sealed to that public key.
     """
-    keys = SessionKeys(secrets.token_bytes(KEY_BYTES), secrets.token_bytes(KEY_BYTES))
+    keys = SessionKeys(random_bytes(KEY_BYTES), random_bytes(KEY_BYTES))
     # Bytes at fixed places and no JSON: a parser's error would quote what it could not read.
     body = keys.to_worker + keys.to_client + kek.to_bytes()
     return hpke_seal(worker_public, body, info=_info(bundle_id, release)), keys

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def atomic_file(path: Path, *, overwrite: bool, mode: int = 0o666) -> Iterator[i
     """
     if not overwrite and os.path.lexists(path):
         raise _exists(path)
-    partial = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
+    partial = path.parent / f".{path.name}.{os.urandom(6).hex()}.partial"
     try:
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except OSError as problem:

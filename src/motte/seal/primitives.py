@@ -50,7 +50,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -207,7 +207,7 @@ def new_x25519() -> tuple[bytes, bytes]:
 def x25519_public(private: bytes) -> bytes:
     """The public key of a private one."""
     key = X25519PrivateKey.from_private_bytes(private).public_key()
-    return key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return key.public_bytes_raw()
 
 
 def x25519_usable(public: bytes) -> bool:
@@ -261,7 +261,7 @@ def new_ed25519() -> tuple[bytes, bytes]:
 def ed25519_public(private: bytes) -> bytes:
     """The public key of a private seed."""
     key = Ed25519PrivateKey.from_private_bytes(private).public_key()
-    return key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return key.public_bytes_raw()
 
 
 def ed25519_usable(public: bytes) -> bool:

@@ -241,12 +241,28 @@ class SignedBundle:
             KeyAccessError: a key of another bundle or release.
             DecryptError: a data key does not open.
         """
+        return self.unlock_with(self.data_keys(kek))
+
+    def unlock_with(self, data_keys: Sequence[bytes]) -> UnlockedBundle:
+        """Unlock with the data keys themselves, from whoever unwrapped them for us (a key broker).
+
+        A wrong key is found when the first chunk of its section is opened (B-21).
+
+        Raises:
+            KeyAccessError: not one key of 32 bytes for each section.
+        """
         header = self.header
+        if len(data_keys) != len(header.sections) or any(len(key) != primitives.KEY_BYTES for key in data_keys):
+            raise KeyAccessError(
+                "not the data keys of this bundle",
+                expected=f"{len(header.sections)} keys of {primitives.KEY_BYTES} bytes",
+                got=f"{len(data_keys)} keys",
+            )
         return UnlockedBundle(
             self,
             tuple(
                 primitives.SectionCipher(data_key, bundle_id=header.bundle_id, section=section)
-                for section, data_key in enumerate(self.data_keys(kek))
+                for section, data_key in enumerate(data_keys)
             ),
         )
 
@@ -405,7 +421,7 @@ def place(section: SectionEntry, chunk: int) -> str:
 
 
 class UnlockedBundle:
-    """A bundle whose data keys are open. Made by :meth:`SignedBundle.unlock` only; holds secrets until closed.
+    """A bundle whose data keys are open. Made by :class:`SignedBundle` only; holds secrets until closed.
 
     Parts are numbered from 0; part ``i`` is section ``i + 1``. Python cannot erase key bytes for certain: closing drops
     the last references, no more.

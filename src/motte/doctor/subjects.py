@@ -69,8 +69,8 @@ GPU_CONFIDENTIAL: Final = Subject(
 MEMFD_SECRET: Final = Subject(
     "memfd_secret",
     _PROTECTION,
-    "Keys can lie in pages that the kernel takes out of its own map: ptrace, /proc/PID/mem and many kernel flaws do "
-    "not reach them, and they are never swapped. Root can still load code into the kernel.",
+    "Opened weights can lie in pages that the kernel takes out of its own map: direct reads (process_vm_readv, "
+    "/proc/PID/mem, PTRACE_PEEKDATA) do not reach them, and they are never swapped. Root who injects code does.",
     "Keys lie in ordinary memory: whoever may trace the worker, or reads kernel memory, reads them.",
 )
 LOCKED_MEMORY: Final = Subject(
@@ -159,19 +159,19 @@ TORCH: Final = Subject(
     "engine torch",
     _COMPUTE,
     "Installed; whether it starts was not tried.",
-    "Nothing can be captured or run: it is the engine of this release.",
+    "Nothing can be captured, sealed or trained here; bundles that lower run on onnxruntime.",
 )
 ONNXRUNTIME: Final = Subject(
     "engine onnxruntime",
     _COMPUTE,
-    "Installed; whether it starts was not tried. This release runs everything with torch.",
-    "Nothing is lost in this release: torch runs everything.",
+    "Installed; whether it starts was not tried. The default for bundles that lower: the smallest worker.",
+    "Every bundle runs with torch, in a worker of four times the size that takes longer to start.",
 )
 OPENVINO: Final = Subject(
     "engine openvino",
     _COMPUTE,
-    "Installed; whether it starts was not tried. This release runs everything with torch.",
-    "Nothing is lost in this release: torch runs everything.",
+    "Installed; whether it starts was not tried. Runs bundles that lower with --engine openvino, also in bf16.",
+    "No bf16. In f32 nothing is lost: the other engines run the same bundles.",
 )
 WAIT_POLICY: Final = Subject(
     "OMP_WAIT_POLICY=PASSIVE",

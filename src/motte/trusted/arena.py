@@ -1,13 +1,8 @@
-"""Memory that holds plaintext weights: page-aligned, out of core files, locked into memory where the limit allows."""
+"""Memory that holds plaintext weights: in the best kind of memory that this process can have."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import mmap
-import os
-
-from motte.errors import ResourceError
+from motte.trusted.secret_memory import KEY_RESERVE_BYTES, Block, Kind
 
 
 class Arena:
@@ -15,19 +10,28 @@ class Arena:
 
     Two ends: :meth:`low` and :meth:`high` give views from the start and up to the end, so that two parts of any sizes
     fit whenever their sum does.
+
+    Args:
+        size_bytes: its size.
+        secret: whether it may lie in memfd_secret(2) memory, where the kernel and the limit on locked memory allow it.
+
+    Attributes:
+        bytes: its size. view: all of it.
+        kind: what memory it is, see :data:`motte.trusted.secret_memory.Kind`.
+        locked: whether it can never be swapped out.
     """
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, *, secret: bool = True) -> None:
+        self._block = Block(size_bytes, secret=secret, reserve_bytes=KEY_RESERVE_BYTES)
         self.bytes = size_bytes
-        self._map = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._map.madvise(mmap.MADV_DONTDUMP)
-        self._map.madvise(mmap.MADV_DONTFORK)
-        # Huge pages: a streamed part is written and read once, so page faults and TLB misses are all overhead.
-        # A kernel without them answers EINVAL, and small pages serve as well.
-        with contextlib.suppress(OSError):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self.view = memoryview(self._map)[:size_bytes]
-        self.locked = self._lock()
+        self.view = self._block.view
+        self.kind: Kind = self._block.kind
+        self.locked = size_bytes == 0 or self.kind != "ordinary"
+
+    @property
+    def secret_bytes(self) -> int:
+        """How many of its bytes direct reads of this process's memory do not reach."""
+        return self.bytes if self.kind == "secret" else 0
 
     def low(self, count: int) -> memoryview:
         """The first ``count`` bytes."""
@@ -39,23 +43,13 @@ class Arena:
         return self.view[start : start + count]
 
     def resident_bytes(self) -> int:
-        """How much of the block the kernel holds in memory now, by mincore(2), in whole pages."""
-        pages = -(-len(self._map) // mmap.PAGESIZE)
-        held = (ctypes.c_ubyte * pages)()
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mincore(ctypes.c_void_p(self._address()), ctypes.c_size_t(len(self._map)), held) != 0:
-            raise ResourceError(
-                "the kernel does not tell which pages are in memory", got=os.strerror(ctypes.get_errno())
-            )
-        return sum(page & 1 for page in held) * mmap.PAGESIZE
+        """How much of the block the kernel holds in memory now, in whole pages.
+
+        Raises:
+            ResourceError: the kernel does not tell.
+        """
+        return self._block.resident_bytes()
 
     def wipe(self) -> None:
         """Overwrite everything with zeros."""
-        ctypes.memset(self._address(), 0, self.bytes)
-
-    def _address(self) -> int:
-        return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-
-    def _lock(self) -> bool:
-        libc = ctypes.CDLL(None, use_errno=True)
-        return self.bytes == 0 or libc.mlock(ctypes.c_void_p(self._address()), ctypes.c_size_t(self.bytes)) == 0
+        self._block.wipe()

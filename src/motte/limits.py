@@ -97,9 +97,6 @@ MAX_RUN_CHARGE: Final = 1 << 40
 # --- enclave images (docs/spec/image.md) ----------------------------------------------------------------------------
 MAX_GRAMINE_MANIFEST_BYTES: Final = 16 * MIB
 """One manifest of Gramine; one with ten thousand files takes 2 MB."""
-MAX_IMAGE_RECORD_BYTES: Final = 16 * MIB
-"""The record of what an image holds."""
-MAX_IMAGE_FILES: Final = 65_536
 
 # --- link ---------------------------------------------------------------------------------------------------------
 MAX_FRAME_BYTES: Final = 1 * GIB

@@ -6,7 +6,6 @@ True
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from motte.capture.graph import (
     Weight,
     WeightRef,
 )
+from motte.digests import sha256
 from motte.errors import GraphError
 from motte.limits import (
     MAX_DIM_SIZE,
@@ -70,7 +70,7 @@ def dumps(graph: Graph) -> str:
 
 def digest(graph: Graph) -> str:
     """SHA-256 of the text of ``graph``, hexadecimal."""
-    return hashlib.sha256(dumps(graph).encode("ascii")).hexdigest()
+    return sha256(dumps(graph).encode("ascii")).hex()
 
 
 def loads(text: str | bytes) -> Graph:

@@ -26,7 +26,8 @@ from motte.capture.graph import (
 )
 from motte.capture.ops import OPS
 from motte.capture.sizes import evaluate, shape_of
-from motte.engines.interface import NodeRunner
+from motte.engines.checks import check_arrays, check_outputs, check_sizes, check_weights, read_sizes, used_weights
+from motte.engines.interface import NodeRunner, OnnxProgram
 from motte.engines.reuse import INPLACE, reusable
 from motte.errors import GraphError, InputError
 
@@ -82,9 +83,10 @@ class TorchProgram:
         self._graph = graph
         self._runners = dict(runners or {})
         self._reusable = reusable(graph) if reuse else frozenset()
-        self._types = {name: value.type for name, value in graph.values().items()}
-        used = {ref.name for node in graph.nodes for ref in references(node) if isinstance(ref, WeightRef)}
-        self._weights = tuple(name for name in graph.weights if name in used)
+        values = graph.values()
+        self._types = {name: value.type for name, value in values.items()}
+        self._outputs = tuple(values[name] for name in graph.outputs)
+        self._weights = used_weights(graph)
         self._slots = {name: slot for slot, name in enumerate(self._types)}
         self._weight_slots = {name: len(self._slots) + index for index, name in enumerate(self._weights)}
         self._size = len(self._slots) + len(self._weights)
@@ -150,18 +152,11 @@ class TorchProgram:
         return tuple(tuple(slots) for slots in drops)
 
     def _prepare(self, dims: Mapping[str, int]) -> _Prepared:
-        try:
-            key = tuple(dims[dim.name] for dim in self._graph.dims)
-        except KeyError as problem:
-            raise InputError("no size for a dynamic dimension", got=str(problem.args[0])) from problem
+        key = read_sizes(self._graph, dims)
         found = self._prepared.get(key)
         if found is not None:
             return found
-        for dim, size in zip(self._graph.dims, key, strict=True):
-            if not dim.low <= size <= dim.high:
-                expected = f"{dim.low} to {dim.high}"
-                raise InputError(f"size of dimension {dim.name!r} out of range", expected=expected, got=str(size))
-        sizes = {dim.name: size for dim, size in zip(self._graph.dims, key, strict=True)}
+        sizes = check_sizes(self._graph, key)
         found = _Prepared(
             steps=tuple(self._step(index, node, sizes) for index, node in enumerate(self._graph.nodes)),
             inputs=tuple(shape_of(value.type, sizes) for value in self._graph.inputs),
@@ -228,34 +223,37 @@ class TorchProgram:
         return env
 
     def _check_inputs(self, prepared: _Prepared, inputs: Sequence[Any], weights: Mapping[str, Any]) -> None:
-        if len(inputs) != len(self._graph.inputs):
-            raise InputError("wrong number of inputs", expected=str(len(self._graph.inputs)), got=str(len(inputs)))
-        for value, shape, tensor in zip(self._graph.inputs, prepared.inputs, inputs, strict=True):
-            if not _has_type(tensor, value.type, shape):
-                expected = f"{value.type.dtype} {shape}"
-                raise InputError(f"input {value.name!r} has another type", expected=expected, got=_described(tensor))
-        for name in self._weights:
-            if name not in weights:
-                raise InputError("a weight is missing", got=name)
+        check_arrays(self._graph.inputs, prepared.inputs, inputs, has_type=_has_type, described=_described)
+        check_weights(self._weights, weights)
 
     def _check_outputs(self, prepared: _Prepared, outputs: list[Any]) -> None:
-        for name, shape, tensor in zip(self._graph.outputs, prepared.outputs, outputs, strict=True):
-            if not _has_type(tensor, self._types[name], shape):
-                raise GraphError(
-                    "an output has another type than the graph says",
-                    where=name,
-                    expected=f"{self._types[name].dtype} {shape}",
-                    got=_described(tensor),
-                )
+        check_outputs(self._outputs, prepared.outputs, outputs, has_type=_has_type, described=_described)
+
+
+class TorchBound:
+    """A graph with its weights (see :class:`motte.engines.interface.Bound`); they are read in place."""
+
+    copy_bytes: int | None = 0
+
+    def __init__(self, program: TorchProgram, weights: Mapping[str, Any]) -> None:
+        self._program, self._weights = program, dict(weights)
+
+    def run(self, inputs: list[Any], dims: Mapping[str, int]) -> list[Any]:
+        """Run once; raises what :meth:`TorchProgram.run` raises."""
+        return self._program.run(inputs, self._weights, dims)
 
 
 class TorchEngine:
     """The torch engine (see :class:`motte.engines.interface.Engine`)."""
 
     name = "torch"
+    joins = False
+    needs_lowered = False
 
-    def compile(self, graph: Graph, *, runners: Mapping[str, NodeRunner] | None = None) -> TorchProgram:
-        """Prepare a **verified** graph to run; the nodes named in ``runners`` are run by these.
+    def compile(
+        self, graph: Graph, *, lowered: OnnxProgram | None = None, runners: Mapping[str, NodeRunner] | None = None
+    ) -> TorchProgram:
+        """Prepare a **verified** graph to run; the nodes named in ``runners`` are run by these, ``lowered`` by nobody.
 
         Raises:
             GraphError: this torch does not have one of its operations, or there is no such node with one result.
@@ -267,6 +265,17 @@ class TorchEngine:
         if unknown:
             raise GraphError("no such node with one result to replace", where=graph.name, got=", ".join(unknown[:5]))
         return TorchProgram(graph, runners=runners)
+
+    def load(
+        self, graph: Graph, weights: Mapping[str, torch.Tensor], *, lowered: OnnxProgram | None = None
+    ) -> TorchBound:
+        """Prepare a **verified** graph to run on ``weights``; nothing is copied.
+
+        Raises:
+            GraphError: see :meth:`compile`. InputError: a weight is missing.
+        """
+        check_weights(used_weights(graph), weights)
+        return TorchBound(self.compile(graph), weights)
 
     def weight(self, graph: Graph, name: str, buffer: memoryview) -> torch.Tensor:
         """View ``buffer`` as the weight ``name`` of ``graph``; copies nothing, and the tensor keeps the buffer alive.

@@ -42,11 +42,10 @@ keys of small order, for which anyone can make a signature; they are refused her
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 import threading
 from collections.abc import Iterable
+from itertools import chain
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -58,6 +57,7 @@ from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
+from motte.digests import hmac_sha256, hmac_sha256_is, sha256, sha256_of
 from motte.errors import DecryptError, InputError, SignatureError
 
 KEY_BYTES: Final = 32
@@ -154,15 +154,12 @@ class SectionCipher:
 
 def chunk_digest(ciphertext: memoryview | bytes) -> bytes:
     """SHA-256 of one chunk's ciphertext, tag included: 32 bytes."""
-    return hashlib.sha256(ciphertext).digest()
+    return sha256(ciphertext)
 
 
 def section_digest(chunk_digests: Iterable[bytes]) -> bytes:
     """The digest of a section's ciphertext: SHA-256 of a domain string and its chunks' digests in order."""
-    digest = hashlib.sha256(_SECTION_DIGEST_DOMAIN)
-    for each in chunk_digests:
-        digest.update(each)
-    return digest.digest()
+    return sha256_of(chain((_SECTION_DIGEST_DOMAIN,), chunk_digests))
 
 
 # --- keys in the header -------------------------------------------------------------------------------------------
@@ -359,7 +356,7 @@ def unwrap_secret(key: bytes, wrapped: bytes, context: bytes) -> bytes:
 
 def message_code(key: bytes, message: bytes) -> bytes:
     """HMAC-SHA256 of ``message``: 32 bytes."""
-    return hmac.digest(key, _MAC_DOMAIN + message, "sha256")
+    return hmac_sha256(key, _MAC_DOMAIN + message)
 
 
 def check_message_code(key: bytes, message: bytes, code: bytes) -> None:
@@ -368,7 +365,7 @@ def check_message_code(key: bytes, message: bytes, code: bytes) -> None:
     Raises:
         DecryptError: it is not.
     """
-    if not hmac.compare_digest(message_code(key, message), code):
+    if not hmac_sha256_is(code, key, _MAC_DOMAIN + message):
         raise DecryptError("the message is not from who shares this key, or was altered")
 
 
@@ -407,12 +404,12 @@ def derived_key(secret: bytes, purpose: bytes) -> bytes:
 
 def key_id(kind: str, public: bytes) -> str:
     """A short name of a public key for people: 16 hexadecimal digits. Two keys may share one; never look up by it."""
-    return hashlib.sha256(_KEY_ID_DOMAIN + kind.encode() + b"\x00" + public).hexdigest()[:16]
+    return sha256(_KEY_ID_DOMAIN, kind.encode(), b"\x00", public).hex()[:16]
 
 
 def key_checksum(kind: str, public: bytes) -> bytes:
     """Four bytes that catch a mistyped public key, not a forged one."""
-    return hashlib.sha256(b"motte-key-checksum-1\x00" + kind.encode() + b"\x00" + public).digest()[:4]
+    return sha256(b"motte-key-checksum-1\x00", kind.encode(), b"\x00", public)[:4]
 
 
 # --- the channel to the worker ------------------------------------------------------------------------------------

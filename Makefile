@@ -10,12 +10,14 @@
 #
 # PYTHON=python3.12        the interpreter that .venv is made from (3.11 or newer)
 # VENV=/some/where         the environment's place
+# TEST_PROCESSES=1         how many test files run at a time; one for each core, at most 8
 # TORCH_INDEX_URL=https:// a package index with the torch build you want (CPU only, another CUDA), see CONTRIBUTING.md
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= logical
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.motte-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -46,7 +48,7 @@ demo: $(STAMP)
 	$(BIN)/python scripts/demo_training.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -29,32 +29,29 @@ CONSOLE = Console(width=110)
 INPUT_SEED = 1
 WEIGHT_SEED = 0
 PEER = Path(__file__).with_name("eager_peer.py")
+RUNTIME_PEER = Path(__file__).with_name("runtime_peer.py")
+ENCODER = "minilm-l6-v2"
+ENCODER_TOKENS = 128
 
 
-class EagerPeer:
-    """The unsplit eager model in its own process."""
+class _Peer:
+    """A process that is asked over a pipe."""
 
-    def __init__(self, name: str, *, batch: int, threads: int) -> None:
+    def __init__(self, *words: str, threads: int) -> None:
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
-        words = [sys.executable, str(PEER), name, str(batch), str(threads)]
         self._process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
+            [sys.executable, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env=environment,
         )
         self._say("ready")
 
     def run(self) -> None:
         """One forward pass."""
         self._ask("run", "done")
-
-    def digest(self) -> str:
-        """SHA-256 of the latest output's bytes."""
-        self._write("digest")
-        return self._read()
-
-    def memory(self) -> int:
-        """Resident set in bytes, peak."""
-        self._write("memory")
-        return int(self._read())
 
     def close(self) -> None:
         """End the process."""
@@ -66,7 +63,7 @@ class EagerPeer:
 
     def _say(self, expected: str) -> None:
         if (answer := self._read()) != expected:
-            raise RuntimeError(f"the eager peer said {answer!r} instead of {expected!r}")
+            raise RuntimeError(f"the peer said {answer!r} instead of {expected!r}")
 
     def _write(self, word: str) -> None:
         assert self._process.stdin is not None
@@ -77,8 +74,40 @@ class EagerPeer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the eager peer ended with status {self._process.wait()}")
+            raise RuntimeError(f"the peer ended with status {self._process.wait()}")
         return line.strip()
+
+
+class EagerPeer(_Peer):
+    """The unsplit eager model in its own process."""
+
+    def __init__(self, name: str, *, batch: int, threads: int) -> None:
+        super().__init__(str(PEER), name, str(batch), str(threads), threads=threads)
+
+    def digest(self) -> str:
+        """SHA-256 of the latest output's bytes."""
+        self._write("digest")
+        return self._read()
+
+    def memory(self) -> int:
+        """Resident set in bytes, peak."""
+        self._write("memory")
+        return int(self._read())
+
+
+class RuntimePeer(_Peer):
+    """The unsplit, unprotected model in a process of its own, run by ``runtime`` (runtime_peer.py)."""
+
+    def __init__(self, runtime: str, name: str, *, batch: int, threads: int) -> None:
+        super().__init__(str(RUNTIME_PEER), runtime, name, str(batch), str(threads), threads=threads)
+
+    def output(self, folder: Path) -> object:
+        """The latest output, as an array."""
+        import numpy as np
+
+        path = folder / "output.npy"
+        self._ask(f"output {path}", "done")
+        return np.load(path, allow_pickle=False)
 
 
 @dataclass(frozen=True)
@@ -93,9 +122,16 @@ class SealedModel:
 
 
 @contextmanager
-def sealed(name: str, *, batch: int, cuts: str = "published", weight_memory: int = 0) -> Iterator[SealedModel]:
-    """The zoo model ``name`` with seeded random weights, sealed in a temporary folder."""
-    from motte.plan.planner import plan_cuts, plan_streamed
+def sealed(
+    name: str, *, batch: int, cuts: str = "published", weight_memory: int = 0, lower: bool = False
+) -> Iterator[SealedModel]:
+    """The zoo model ``name`` with seeded random weights, sealed in a temporary folder.
+
+    ``lower``: with its parts as ONNX, which must be possible. An encoder is cut into 12 parts of equal weight.
+    """
+    from motte.lower.lower import lower as lower_parts
+    from motte.lower.lowered import NotLowered
+    from motte.plan.planner import plan_cuts, plan_parts, plan_streamed
     from motte.seal.keys import RecipientPrivateKey, SignerPrivateKey
     from motte.seal.manifest import Manifest, lay_out_parts
     from motte.seal.package import seal_model
@@ -106,12 +142,18 @@ def sealed(name: str, *, batch: int, cuts: str = "published", weight_memory: int
 
     built = build(name, weights=None if name.startswith("resnet20") else WeightsChoice(random_seed=WEIGHT_SEED))
     captured = capture_built(built)
+    dims = {"batch": batch} | ({"sequence": ENCODER_TOKENS} if name == ENCODER else {})
     if weight_memory:
-        plan = plan_streamed(captured.graph, weight_memory_bytes=weight_memory, dims={"batch": batch})
+        plan = plan_streamed(captured.graph, weight_memory_bytes=weight_memory, dims=dims)
+    elif name == ENCODER:
+        plan = plan_parts(captured.graph, parts=12, objective="weights", dims=dims)
     else:
         cut_after = PUBLISHED_CUTS[name]
-        plan = plan_cuts(captured.graph, cut_after=cut_after, objective=cuts, dims={"batch": batch})
-    manifest = Manifest(captured.graph, plan, built.signature)
+        plan = plan_cuts(captured.graph, cut_after=cut_after, objective=cuts, dims=dims)
+    lowered = lower_parts(captured.graph, plan) if lower else None
+    if isinstance(lowered, NotLowered):
+        raise SystemExit(f"error: {name} does not lower: {lowered}")
+    manifest = Manifest(captured.graph, plan, built.signature, lowered)
     with tempfile.TemporaryDirectory(prefix="motte-bench-") as folder:
         path = Path(folder) / f"{name}.motte"
         recipient, signer = RecipientPrivateKey.new(), SignerPrivateKey.new()
@@ -127,6 +169,17 @@ def input_array(name: str, batch: int) -> object:
 
     shape = (1, 28, 28) if name.startswith("resnet20") else (3, 224, 224)
     return np.random.default_rng(INPUT_SEED).standard_normal((batch, *shape), dtype=np.float32)
+
+
+def input_arrays(name: str, batch: int) -> list[object]:
+    """Every input of the model in order: for an encoder ids, mask and types of :data:`ENCODER_TOKENS` tokens."""
+    import numpy as np
+
+    if name != ENCODER:
+        return [input_array(name, batch)]
+    shape = (batch, ENCODER_TOKENS)
+    ids = np.random.default_rng(INPUT_SEED).integers(1000, 20_000, shape)
+    return [ids, np.ones(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)]
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -157,9 +210,11 @@ def report(
     if records is None:
         return
     for one in comparison.series:
-        eager = one.name.startswith("eager")
+        bare = "sealed" not in one.name
+        engine = next((name for name in ("onnxruntime", "openvino") if name in one.name), "torch")
+        dtype = "bf16" if "bf16" in one.name else "f32"
         setting = Setting(
-            threads=threads, dtype="f32", device="cpu", engine="torch", enclave=UNPROTECTED if eager else PROCESS
+            threads=threads, dtype=dtype, device="cpu", engine=engine, enclave=UNPROTECTED if bare else PROCESS
         )
         record = state(
             series=f"{series}, {one.name}", what=what, value=one.median, unit="s", statistic="median",

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
         Residual,
         Schedule,
     )
-    from motte.run.model import LoadSettings, Model, load
+    from motte.run.model import Model, load
+    from motte.run.pool import Pool
+    from motte.run.settings import LoadSettings
     from motte.seal.package import seal_model
 
 __version__ = "0.1.0"
@@ -48,8 +50,9 @@ _PUBLIC = {
     "capture_model": ("motte.capture.export", "capture"),
     "seal_model": ("motte.seal.package", "seal_model"),
     "load": ("motte.run.model", "load"),
-    "LoadSettings": ("motte.run.model", "LoadSettings"),
+    "LoadSettings": ("motte.run.settings", "LoadSettings"),
     "Model": ("motte.run.model", "Model"),
+    "Pool": ("motte.run.pool", "Pool"),
     "MotteError": ("motte.errors", "MotteError"),
     "protect": ("motte.offload.protect", "protect"),
     "connect": ("motte.accelerator.connect", "connect"),
@@ -82,6 +85,7 @@ __all__ = [
     "Mechanism",
     "Model",
     "MotteError",
+    "Pool",
     "Residual",
     "Schedule",
     "__version__",

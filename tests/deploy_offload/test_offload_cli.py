@@ -55,7 +55,7 @@ def place(motte, tmp_path: Path) -> Any:
     (tmp_path / "model.py").write_text(MODEL)
     for name, kind in (("alice", "recipient"), ("owner", "signer")):
         assert motte("keys", "new", name, "--kind", kind, "--folder", tmp_path)[0] == 0
-    words = ("seal", f"{tmp_path}/model.py:net", "--random-weights", "--input-shape", "3,8,8")
+    words = ("seal", f"{tmp_path}/model.py:net", "--random-weights", "--input-shape", "3,8,8", "--lower", "off")
     keys = ("--recipient", tmp_path / "alice.pub", "--signer-key", tmp_path / "owner.key")
     return (*words, *keys, "-o", tmp_path / "net.motte")
 

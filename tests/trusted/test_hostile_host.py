@@ -139,7 +139,9 @@ def test_another_bundle_at_the_same_path_does_not_open_with_this_grant(sealed, s
     from motte.enclave.process import WorkerProcess
     from motte.link.frames import Frame, Kind
     from motte.provision.grant import make_grant
-    from motte.run.model import LoadSettings, _open_meta, reported
+    from motte.run.model import _open_meta
+    from motte.run.settings import LoadSettings
+    from motte.run.told import reported
     from motte.seal.reader import open_bundle
 
     other = seal_parts(2)
@@ -161,7 +163,7 @@ def test_another_bundle_at_the_same_path_does_not_open_with_this_grant(sealed, s
 def test_the_worker_takes_no_order_out_of_turn(sealed) -> None:
     from motte.enclave.process import WorkerProcess
     from motte.link.frames import Frame, Kind
-    from motte.run.model import reported
+    from motte.run.told import reported
 
     worker = WorkerProcess(threads=1)
     try:
@@ -177,7 +179,9 @@ def test_the_worker_takes_no_order_out_of_turn(sealed) -> None:
 def test_a_grant_that_is_none_is_refused(sealed, sealed_grant: object) -> None:
     from motte.enclave.process import WorkerProcess
     from motte.link.frames import Frame, Kind
-    from motte.run.model import LoadSettings, _open_meta, reported
+    from motte.run.model import _open_meta
+    from motte.run.settings import LoadSettings
+    from motte.run.told import reported
 
     worker = WorkerProcess(threads=1)
     try:

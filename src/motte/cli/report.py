@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from motte.run.answers import Answer
-    from motte.run.model import LoadSettings, Model, Outside
+    from motte.run.model import Model
+    from motte.run.settings import LoadSettings
+    from motte.run.told import EngineUsed, Outside
 
     Array = NDArray[Any]
 
@@ -29,7 +31,7 @@ _INSIDE = {
 """What the worker times inside the segment :data:`_OPENED`, in order."""
 _MEMORY = {
     "weight_arena_bytes": "weights, opened",
-    "engine_copy_bytes": "engine's largest copy of a weight",
+    "engine_copy_bytes": "engine's own copies of weights",
     "rss_before_open_bytes": "whole worker, before opening",
     "rss_bytes": "whole worker, now",
     "rss_peak_bytes": "whole worker, at most",
@@ -58,6 +60,20 @@ class Measured:
         return statistics.median(self.steady_s) if self.steady_s else None
 
 
+def engine_line(engine: EngineUsed) -> str:
+    """One line: what computes, why, and how far its answers may be from the reference's."""
+    form = "all parts joined" if engine.joined else "part by part"
+    if engine.name == "torch":
+        worth = "the reference"
+    elif engine.difference is None:
+        worth = "not compared with the reference when this bundle was sealed"
+    else:
+        versions = sorted({check.engine_version for check in engine.checks})
+        other = "" if versions == [engine.version] else f" (compared with {', '.join(versions)})"
+        worth = f"within {engine.difference:.2g} of the reference when this bundle was sealed{other}"
+    return f"engine: {engine.name} {engine.version}, {engine.precision}, {form}; {engine.why}; {worth}"
+
+
 def report_json(
     bundle: Path, model: Model, settings: LoadSettings, found: Measured, memory: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -70,6 +86,14 @@ def report_json(
         "enclave": "process",
         "simulated": model.simulated,
         "protection": SIMULATED if model.simulated else "hardware",
+        "engine": {
+            "name": model.engine.name,
+            "version": model.engine.version,
+            "precision": model.engine.precision,
+            "joined": model.engine.joined,
+            "why": model.engine.why,
+            "difference": model.engine.difference,
+        },
         "mode": settings.mode,
         "weight_memory_bytes": settings.weight_memory_bytes or None,
         "parts": len(model.parts),
@@ -106,13 +130,18 @@ def show_report(
     facts = [
         ("model", f"{said.model}, weights: {said.weights_origin}, {len(model.parts)} parts, {bundle.name}"),
         ("mode", settings.mode + bound),
-        *((title, bytes_text(memory[name])) for name, title in _MEMORY.items() if name in memory),
+        ("engine", engine_line(model.engine).removeprefix("engine: ")),
+        *((title, _size(memory[name])) for name, title in _MEMORY.items() if name in memory),
         ("activations, at most", f"{bytes_text(found.activation_peak_bytes)}, computed for the largest batch run"),
         ("weights locked in RAM", "yes" if memory.get("weights_locked") else "no: the system may swap them out"),
         ("protection", f"{SIMULATED} (enclave kind: process)" if model.simulated else "hardware"),
     ]
     shown.append(table((Column("worker", keep=True), Column("")), facts))
     return shown
+
+
+def _size(count: int | None) -> str:
+    return "cannot be told" if count is None else bytes_text(count)
 
 
 def _answers(found: Measured) -> Table:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import typer
 
 from motte.cli.options import parse_size, private_key, public_key
 from motte.cli.output import Line, Output, bytes_text
-from motte.cli.report import Measured, report_json, show_report
+from motte.cli.report import Measured, engine_line, report_json, show_report
 from motte.cli.verb import verb
 from motte.errors import InputError, SettingError
 from motte.limits import MAX_RELEASE
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from motte.run.inputs import InputItem
-    from motte.run.model import Answered, Model, Offload, Outside
+    from motte.run.model import Model
+    from motte.run.pool import PooledModel
+    from motte.run.settings import LoadSettings
+    from motte.run.told import Answered, Offload, Outside
+    from motte.seal.keys import RecipientPrivateKey, SignerPublicKey
 
     Array = NDArray[Any]
+    Ask = Callable[[list[Any]], Answered]
 
 _INPUTS, _TRUST, _WORKER = "Inputs and answers", "Trust", "Worker"
 _SHOWN_LAYERS = 4
@@ -104,6 +110,34 @@ def run(
             help="Bound of the weight memory, such as 128MiB; needed by --mode streamed.",
         ),
     ] = None,
+    engine: Annotated[
+        Literal["auto", "torch", "onnxruntime", "openvino"],
+        typer.Option(
+            "--engine",
+            rich_help_panel=_WORKER,
+            help="What computes. auto: onnxruntime where every part is lowered, else torch, the exact reference.",
+        ),
+    ] = "auto",
+    precision: Annotated[
+        Literal["f32", "bf16"],
+        typer.Option(
+            "--precision",
+            rich_help_panel=_WORKER,
+            help="bf16: with openvino, for a bundle that was sealed with it.",
+        ),
+    ] = "f32",
+    pool: Annotated[
+        int | None,
+        typer.Option(
+            "--pool",
+            metavar="N",
+            min=1,
+            max=256,
+            rich_help_panel=_WORKER,
+            help="Start N empty workers first: the bundle waits for no start, and if a worker dies or stalls the next"
+            " one goes on.",
+        ),
+    ] = None,
     batch: Annotated[
         int | None,
         typer.Option(
@@ -155,7 +189,7 @@ def run(
 ) -> None:
     """Answer inputs with a sealed model, in a trusted worker that ends with this command."""
     import motte
-    from motte.run.model import LoadSettings
+    from motte.run.settings import LoadSettings
     from motte.seal.keys import RecipientPrivateKey, SignerPublicKey
 
     given = _given(inputs, text)
@@ -173,16 +207,27 @@ def run(
         verify_digests=verify_digests,
         timeout_s=timeout,
         accelerator=accelerator,
+        engine=engine,
+        precision=precision,
     )
+    if pool is not None and accelerator is not None:
+        raise SettingError("a worker of a pool is started without an accelerator", got="--pool with --accelerator")
     private = private_key(key, RecipientPrivateKey, option="--key")
     demanded = public_key(signer, SignerPublicKey, option="--signer")
-    with out.progress(f"starting the worker and opening {bundle.name}"):
-        model = motte.load(bundle, keys=private, signer=demanded, settings=settings)
-    if model.offload is not None and model.offload.accelerator is None:
-        out.note("no --accelerator is given: everything runs inside, and nothing leaves")
-    with model:
-        found = _answer_all(out, model, given, batch, topk, repeat)
-        memory = dict(model.stats())
+    with ExitStack() as stack:
+        opened: Model | PooledModel
+        if pool is None:
+            with out.progress(f"starting the worker and opening {bundle.name}"):
+                opened = stack.enter_context(motte.load(bundle, keys=private, signer=demanded, settings=settings))
+        else:
+            opened = stack.enter_context(_pooled(out, bundle, pool, settings, private, demanded))
+        model = opened if isinstance(opened, motte.Model) else opened.model
+        out.note(engine_line(model.engine))
+        if model.offload is not None and model.offload.accelerator is None:
+            out.note("no --accelerator is given: everything runs inside, and nothing leaves")
+        found = _answer_all(out, model, opened.run, given, batch, topk, repeat)
+        # Of a pool another worker may have gone on; times are of the one that answered first.
+        memory = dict((opened if isinstance(opened, motte.Model) else opened.model).stats())
     if save is not None:
         _save(save, found, overwrite=overwrite)
     document = report_json(bundle, model, settings, found, memory)
@@ -193,6 +238,30 @@ def run(
     out.result(document, *shown)
     if save is not None:
         out.note(f"saved to {save}")
+
+
+@contextmanager
+def _pooled(
+    out: Output,
+    bundle: Path,
+    size: int,
+    settings: LoadSettings,
+    keys: RecipientPrivateKey,
+    signer: SignerPublicKey,
+) -> Iterator[PooledModel]:
+    """The bundle in the first of ``size`` workers, the others waiting for it to fail."""
+    from motte.run.pool import Pool, PooledModel
+    from motte.run.settings import AUTO
+
+    # A pool is started before the bundle is read: auto can only mean the engine that needs no torch.
+    engine = "onnxruntime" if settings.engine == AUTO else settings.engine
+    with Pool(size, engine=engine, precision=settings.precision, threads=settings.threads, refill=False) as workers:
+        with out.progress(f"starting {size} workers"):
+            workers.wait(wait_s=settings.timeout_s)
+        with out.progress(f"opening {bundle.name}"):
+            model = PooledModel(workers, bundle, keys=keys, signer=signer, settings=settings, retries=size - 1)
+        with model:
+            yield model
 
 
 def offload_line(offload: Offload, outside: Sequence[Outside]) -> str:
@@ -242,7 +311,7 @@ def _given(inputs: Sequence[Path] | None, texts: Sequence[str] | None) -> list[P
 
 
 def _answer_all(
-    out: Output, model: Model, given: list[Path | str], batch: int | None, topk: int, repeat: int
+    out: Output, model: Model, ask: Ask, given: list[Path | str], batch: int | None, topk: int, repeat: int
 ) -> Measured:
     from motte.run.inputs import batches, read_inputs
     from motte.run.tensors import from_wire, to_wire
@@ -267,12 +336,12 @@ def _answer_all(
             wire = [to_wire(array, where=value.name) for array, value in zip(arrays, model.inputs, strict=True)]
             if index == 0:
                 with model.clock.segment("first inference", **_FIRST):
-                    answered = _run(model, wire, found)
+                    answered = _run(ask, wire, found)
                 for _ in range(repeat):
-                    found.steady_s.append(_timed(model, wire, found))
+                    found.steady_s.append(_timed(ask, wire, found))
                 found.first_batch = sum(item.batch for item in group)
             else:
-                answered = _run(model, wire, found)
+                answered = _run(ask, wire, found)
             found.activation_peak_bytes = max(found.activation_peak_bytes, answered.activation_peak_bytes)
             outputs = [from_wire(tensor, like=arrays[0]) for tensor in answered.outputs]
             mask = arrays[mask_index] if mask_index is not None else None
@@ -287,19 +356,19 @@ def _takes_text(model: Model) -> bool:
     return isinstance(model.signature.preprocessing, TextPreprocessing)
 
 
-def _run(model: Model, wire: list[Any], found: Measured) -> Answered:
-    answered = model.run(wire)
+def _run(ask: Ask, wire: list[Any], found: Measured) -> Answered:
+    answered = ask(wire)
     if answered.outside is not None:
         found.outside.append(answered.outside)
     return answered
 
 
-def _timed(model: Model, wire: list[Any], found: Measured) -> float:
+def _timed(ask: Ask, wire: list[Any], found: Measured) -> float:
     from motte.measure.clock import Clock
 
     clock = Clock()
     with clock.segment("inference", **_FIRST):
-        _run(model, wire, found)
+        _run(ask, wire, found)
     return clock.segments()["inference"].seconds
 
 

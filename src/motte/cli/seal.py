@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,12 +16,13 @@ from motte.cli.options import private_key, public_key
 from motte.cli.output import Column, Line, Output, bytes_text, seconds_text, table
 from motte.cli.scheme import SchemeOptions, offload_json, offload_lines
 from motte.cli.verb import verb
-from motte.errors import InputError, SettingError
+from motte.errors import InputError, SettingError, UnsupportedError
 from motte.limits import MAX_RELEASE
 
 if TYPE_CHECKING:
     from motte.capture.export import Captured
     from motte.capture.graph import Graph
+    from motte.lower.lowered import Lowered, NotLowered
     from motte.offload.settings import Asymmetric
     from motte.plan.offload import OffloadPlan
     from motte.plan.plan import Plan
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from motte.zoo.models import BuiltModel
 
 _BUNDLE = "Bundle"
+_ENGINES = "Engines"
 
 
 @verb
@@ -96,6 +99,23 @@ def seal(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", rich_help_panel=_BUNDLE, help="Replace the bundle.")
     ] = False,
+    lower: Annotated[
+        Literal["auto", "off", "required"],
+        typer.Option(
+            "--lower",
+            rich_help_panel=_ENGINES,
+            help="Also store the parts as ONNX, for workers without torch: where it can be done, never, or refuse if"
+            " it cannot.",
+        ),
+    ] = "auto",
+    precision: Annotated[
+        Literal["f32", "bf16"],
+        typer.Option(
+            "--precision",
+            rich_help_panel=_ENGINES,
+            help="bf16: measure what openvino's bf16 changes in the answers, so that the bundle may run in it.",
+        ),
+    ] = "f32",
     skip_check: Annotated[
         bool,
         typer.Option(
@@ -117,6 +137,12 @@ def seal(
             expected="all-but-first-last, or names of layers",
         )
     # What needs no model is refused before one is built.
+    if precision != "f32" and (lower == "off" or find_spec("openvino") is None):
+        raise SettingError(
+            f"{precision} is measured with openvino on lowered parts",
+            got="--lower off" if lower == "off" else "openvino is not installed",
+            hint="drop --precision, or " + ("--lower off" if lower == "off" else "pip install 'motte[openvino]'"),
+        )
     people = [public_key(text, RecipientPublicKey, option="--recipient") for text in recipient]
     signer = private_key(signer_key, SignerPrivateKey, option="--signer-key")
     if not overwrite and os.path.lexists(output):
@@ -126,7 +152,8 @@ def seal(
     made = read_plan(plan, captured.graph) if plan is not None else cuts.make(out, built, captured)
     made, public = _place(made, captured.graph, scheme, public_weights or [])
     checked = "not compared with the whole (--skip-check)" if skip_check else _check(out, built, captured, made)
-    manifest = Manifest(captured.graph, made, built.signature)
+    lowered = None if lower == "off" else _lower(out, built, captured, made, precision, required=lower == "required")
+    manifest = Manifest(captured.graph, made, built.signature, lowered)
     total = sum(part.layout.bytes for part in lay_out_parts(manifest))
     with out.progress(f"sealing {output.name}", total=total, in_bytes=True) as bar:
         report = seal_model(
@@ -147,13 +174,14 @@ def seal(
         "model": built.name,
         "weights_origin": origin,
         "check": checked,
+        "lowered": None if lowered is None else _lowered_json(lowered),
         "objective": made.objective,
         "signer": str(signer.public),
         "recipients": [str(each) for each in people],
         "public_weights": list(public),
         "offload": None if made.offload is None else offload_json(made.offload),
     }
-    out.result(document, *_show(report, built, checked), *offload_lines(made.offload))
+    out.result(document, *_show(report, built, checked), Line(_lowered_line(lowered)), *offload_lines(made.offload))
     address = "" if made.offload is None else " --accelerator ADDRESS"
     out.note(f"run it with: motte run {output} --signer {signer.public} --key KEY --input FILE{address}")
 
@@ -204,6 +232,58 @@ def _check(out: Output, built: BuiltModel, captured: Captured, made: Plan) -> st
     if made.tiles:
         return f"tiled: within {found.tiled_difference:.2g} of the whole (limit 1e-6), {found.values} tensors compared"
     return f"bit for bit equal to the whole, {found.values} tensors compared"
+
+
+def _lower(
+    out: Output, built: BuiltModel, captured: Captured, made: Plan, precision: str, *, required: bool
+) -> Lowered | NotLowered:
+    """The parts as ONNX, compared with the reference on every engine that is installed here.
+
+    Raises:
+        MismatchError: an engine answers otherwise. UnsupportedError: ``required``, and it cannot be done.
+    """
+    from motte.lower.check import check_lowered
+    from motte.lower.lower import lower
+    from motte.lower.lowered import NotLowered
+
+    with out.progress("lowering the parts to ONNX"):
+        lowered = lower(captured.graph, made)
+    if isinstance(lowered, NotLowered):
+        if required:
+            raise UnsupportedError("the model does not lower", where=built.name, got=str(lowered), hint="--lower auto")
+        return lowered
+    engines = tuple(name for name in ("onnxruntime", "openvino") if find_spec(name) is not None)
+    inputs = example_inputs(built, captured)
+    with out.progress("comparing the lowered parts with the reference"):
+        checks = check_lowered(lowered, captured.graph, made, captured.weights, inputs, engines=engines)
+        if precision != "f32":
+            checks += check_lowered(
+                lowered, captured.graph, made, captured.weights, inputs, engines=("openvino",), precision=precision
+            )
+    return replace(lowered, checks=checks)
+
+
+def _lowered_json(lowered: Lowered | NotLowered) -> dict[str, Any]:
+    from motte.lower.lowered import NotLowered, check_json
+
+    if isinstance(lowered, NotLowered):
+        return {"reasons": {str(index): reason for index, reason in lowered.reasons.items()}}
+    return {"checks": [check_json(check) for check in lowered.checks], "bytes": lowered.bytes}
+
+
+def _lowered_line(lowered: Lowered | NotLowered | None) -> str:
+    from motte.lower.lowered import NotLowered
+
+    if lowered is None:
+        return "lowered: no (--lower off); only the torch engine runs it"
+    if isinstance(lowered, NotLowered):
+        return f"NOT LOWERED, only the torch engine runs it: {lowered}"
+    found: dict[str, float] = {}
+    for check in lowered.checks:
+        name = f"{check.engine} {check.engine_version}" + ("" if check.precision == "f32" else f" in {check.precision}")
+        found[name] = max(found.get(name, 0.0), check.difference)
+    figures = "; ".join(f"{name} within {difference:.2g}" for name, difference in found.items())
+    return f"lowered: {bytes_text(lowered.bytes)} of ONNX; largest difference from the reference: {figures}"
 
 
 def _report_json(report: SealReport) -> dict[str, Any]:

@@ -8,6 +8,7 @@
     kernel.py     what the kernel gives a process to protect itself
     compute.py    processor features, engines, cores, memory
     examine.py    all of them, in order
+    tcb.py        apart from these: which files a worker of each engine really loads
 
 Nothing here is a verification: whoever owns the machine can fake every file and answer. Only attestation, checked
 somewhere else, tells an owner what is on the other side.

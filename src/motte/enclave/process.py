@@ -16,7 +16,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from motte.errors import FrameError, LinkError, PeerStalled, UnsupportedError, WorkerDied, WorkerStalled
+from motte.engines.select import PRECISIONS
+from motte.errors import (
+    FrameError,
+    LinkError,
+    PeerStalled,
+    ResourceError,
+    UnsupportedError,
+    WorkerDied,
+    WorkerStalled,
+)
 from motte.link.frames import Frame, Kind
 from motte.link.local import Link, Recorder
 from motte.strict_json import Fields
@@ -49,6 +58,7 @@ class Hello:
     pid: int
     engine: str
     engine_version: str
+    precision: str
     threads: int
     simulated: bool
     dumpable: bool
@@ -58,7 +68,7 @@ class Hello:
     def read(meta: Mapping[str, Any]) -> Hello:
         """Raises: FrameError: a missing, unknown or ill-typed field, or another protocol."""
         fields = Fields(dict(meta), where="HELLO", error=FrameError)
-        fields.integer("protocol", low=2, high=2)
+        fields.integer("protocol", low=3, high=3)
         fields.choice("enclave", ("process",))
         seconds = fields.fields("seconds")
         hello = Hello(
@@ -66,6 +76,7 @@ class Hello:
             pid=fields.integer("pid", low=1, high=1 << 31),
             engine=fields.text("engine", max_bytes=64),
             engine_version=fields.text("engine_version", max_bytes=64),
+            precision=fields.choice("precision", PRECISIONS),
             threads=fields.integer("threads", low=1, high=4096),
             simulated=fields.boolean("simulated"),
             dumpable=fields.boolean("dumpable"),
@@ -81,7 +92,8 @@ class WorkerProcess:
 
     Args:
         threads: compute threads of the worker; ours are not changed.
-        engine: name of the engine that it loads.
+        engine: name of the engine that it loads, one of :data:`motte.engines.select.ENGINES`.
+        precision: in which it computes, one of :data:`motte.engines.select.PRECISIONS`.
         start_timeout_s: time from spawn to its first frame.
         recorder: sees every frame, as the host could.
         accelerator: handed to the worker; it gets no other address, file or socket.
@@ -96,6 +108,7 @@ class WorkerProcess:
         *,
         threads: int,
         engine: str = "torch",
+        precision: str = "f32",
         start_timeout_s: float = 120.0,
         recorder: Recorder | None = None,
         accelerator: AcceleratorLink | None = None,
@@ -108,20 +121,20 @@ class WorkerProcess:
         self._stderr = os.memfd_create("motte-worker-stderr")
         with theirs:
             options = ["--fd", str(theirs.fileno()), "--threads", str(threads), "--engine", engine]
+            options += ["--precision", precision]
             passed = [theirs.fileno()]
             if accelerator is not None:
                 passed.append(accelerator.fd)
                 options += ["--accelerator-fd", str(accelerator.fd), "--accelerator-name", accelerator.name]
                 options += ["--accelerator-timeout", str(accelerator.timeout_s)]
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "motte.trusted", *options],
-                stdin=subprocess.DEVNULL,
-                stdout=self._stderr,
-                stderr=self._stderr,
-                pass_fds=passed,
-                env=_environment(threads),
-                start_new_session=True,
-            )
+            try:
+                self._process = self._spawn(theirs.fileno(), options, passed, threads)
+            except BaseException as problem:
+                ours.close()
+                os.close(self._stderr)
+                if isinstance(problem, OSError):
+                    raise ResourceError("a worker cannot be started", got=str(problem)) from problem
+                raise
         self.link = Link(ours, peer=f"worker {self._process.pid}", recorder=recorder)
         self._ended: str | None = None
         try:
@@ -132,6 +145,23 @@ class WorkerProcess:
         except BaseException:
             self.kill()
             raise
+
+    def _spawn(self, link_fd: int, options: list[str], passed: list[int], threads: int) -> subprocess.Popen[bytes]:
+        """Start it. Another way of starting a worker overrides this; what it prints goes to ``self._stderr``.
+
+        Args:
+            link_fd: the worker's end of the link, one of ``passed``, the descriptors that it inherits.
+            options: arguments of :mod:`motte.trusted`.
+        """
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "motte.trusted", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=self._stderr,
+            stderr=self._stderr,
+            pass_fds=passed,
+            env=worker_environment(threads),
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int:
@@ -220,7 +250,8 @@ class WorkerProcess:
         return self._ended
 
 
-def _environment(threads: int) -> dict[str, str]:
+def worker_environment(threads: int) -> dict[str, str]:
+    """The environment of a worker with ``threads`` compute threads."""
     passed = {name: os.environ[name] for name in _PASSED_ENVIRONMENT if name in os.environ}
     if "PYTHONPATH" in passed:
         # Relative entries mean the folder where we were started, whatever the current one is by now.
@@ -230,6 +261,8 @@ def _environment(threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(threads),
         "PYTHONDONTWRITEBYTECODE": "1",
+        # Read by onnxruntime when it is loaded, which otherwise keeps files of its own about its use.
+        "ORT_DISABLE_TELEMETRY": "1",
         # Freed activations stay in the process: handing pages back and faulting them in again costs more than it saves.
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         "MALLOC_MMAP_THRESHOLD_": str(1 << 25),

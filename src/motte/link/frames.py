@@ -29,7 +29,7 @@ TAG_BYTES: Final = 16
 
 
 class Kind(IntEnum):
-    """What a frame says. Only OPEN, GRANT, RUN and STATS go towards the worker."""
+    """What a frame says. Only OPEN, GRANT, RUN, STATS and TCB go towards the worker."""
 
     HELLO = 1
     OPEN = 2
@@ -39,6 +39,7 @@ class Kind(IntEnum):
     ANSWER = 6
     STATS = 7
     ERROR = 8
+    TCB = 9
 
 
 CLEAR_KINDS: Final = frozenset({Kind.HELLO, Kind.OPEN, Kind.GRANT, Kind.ERROR})

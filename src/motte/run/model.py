@@ -12,97 +12,46 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from motte import errors
-from motte.capture.graph import Dim, Size, TensorType, Value
+from motte.capture.graph import Dim, Value
 from motte.capture.signature import Signature, from_json
 from motte.enclave.process import AcceleratorLink, WorkerProcess
-from motte.errors import FrameError, InputError, MotteError, SettingError, WorkerClosed, WorkerRefused
-from motte.limits import MAX_ACCELERATOR_LAYERS
+from motte.errors import FrameError, InputError, SettingError, WorkerClosed
+from motte.limits import MAX_LOWERED_CHECKS
 from motte.link.frames import Frame, Kind, WireTensor
 from motte.link.local import Recorder
+from motte.lower.lowered import Lowered, read_check
 from motte.measure.clock import Clock
 from motte.provision.grant import make_grant
 from motte.run.accelerator import AcceleratorPeer, open_peer
+from motte.run.settings import AUTO, LoadSettings
 from motte.run.tensors import from_wire, to_wire
+from motte.run.told import (
+    Answered,
+    EngineUsed,
+    Offload,
+    read_dim,
+    read_offload,
+    read_outside,
+    read_text,
+    read_value,
+    reported,
+)
 from motte.seal.keys import RecipientPrivateKey, SignerPublicKey, load_public
 from motte.seal.keys import load as load_key
-from motte.seal.reader import open_bundle
+from motte.seal.manifest import read_lowered
+from motte.seal.reader import KeyEncryptionKey, SignedBundle, open_bundle
 from motte.strict_json import Fields
-from motte.trusted.weights import MODES
+from motte.trusted.execution import why_not_lowered
+
+if TYPE_CHECKING:
+    from motte.trusted.tcb import Tcb
 
 _LOG = logging.getLogger("motte")
-DEFAULT_TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class LoadSettings:
-    """How a bundle is opened and run; see :func:`load`.
-
-    ``accelerator`` is an address: ``unix:PATH``, ``tcp:HOST:PORT``, or ``local`` for one started here. What may be sent
-    there is not a setting: it stands in the bundle.
-    """
-
-    mode: str = "resident"
-    weight_memory_bytes: int = 0
-    threads: int = 0
-    dims: Mapping[str, int] | None = None
-    min_release: int = 0
-    verify_digests: bool = False
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    accelerator: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise SettingError("unknown mode", expected=" or ".join(MODES), got=repr(self.mode))
-        if self.mode == "streamed" and not self.weight_memory_bytes:
-            raise SettingError(
-                "streamed mode needs a bound", where="weight_memory", hint="give --weight-memory, such as 128MiB"
-            )
-        if self.weight_memory_bytes < 0 or self.threads < 0 or self.min_release < 0:
-            raise SettingError("a setting is negative", got=str(self))
-        if not self.timeout_s > 0:
-            raise SettingError("the time limit must be positive", where="timeout_s", got=str(self.timeout_s))
-
-
-@dataclass(frozen=True, slots=True)
-class Offload:
-    """What the owner froze into a bundle with a scheme, as the worker tells it.
-
-    ``accelerator`` is the name of the one in use; None: none was given, and everything runs inside. ``layers`` are
-    those that may run split. ``noise``: whether what leaves is clipped and noised.
-    """
-
-    accelerator: str | None
-    layers: tuple[str, ...]
-    noise: bool
-    integrity: str
-
-
-@dataclass(frozen=True, slots=True)
-class Outside:
-    """What crossed to the accelerator and back in one run: layers that were answered there, bytes of tensors (weights
-    included in the run that first needs them), and seconds of the split layers by kind of work."""
-
-    layers: int
-    sent_bytes: int
-    received_bytes: int
-    seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """One answer: the output tensors, the worker's own times in seconds, the computed activation peak in bytes, and
-    what left; None: everything ran inside."""
-
-    outputs: tuple[WireTensor, ...]
-    seconds: Mapping[str, float]
-    activation_peak_bytes: int
-    outside: Outside | None = None
 
 
 class _Turns:
@@ -144,6 +93,7 @@ class Model:
         settings: LoadSettings,
         clock: Clock,
         accelerator: AcceleratorPeer | None = None,
+        why_engine: str = "asked for",
     ) -> None:
         self._worker = worker
         self._accelerator = accelerator
@@ -153,15 +103,23 @@ class Model:
         self.clock = clock
         fields = Fields(dict(ready), where="READY", error=FrameError)
         self.signature: Signature = from_json(fields.any("signature"))
-        self.inputs: tuple[Value, ...] = tuple(fields.items("inputs", max_items=1024, read=_value))
-        self.output_names: tuple[str, ...] = tuple(fields.items("output_names", max_items=1024, read=_text))
-        self.dims: tuple[Dim, ...] = tuple(fields.items("dims", max_items=64, read=_dim))
+        self.inputs: tuple[Value, ...] = tuple(fields.items("inputs", max_items=1024, read=read_value))
+        self.output_names: tuple[str, ...] = tuple(fields.items("output_names", max_items=1024, read=read_text))
+        self.dims: tuple[Dim, ...] = tuple(fields.items("dims", max_items=64, read=read_dim))
         self.plan_dims: Mapping[str, int] = fields.any("plan_dims")
         self.parts: Sequence[Mapping[str, int]] = fields.any("parts")
         self.worker_seconds: Mapping[str, float] = fields.any("seconds")
         self.memory: Mapping[str, Any] = fields.any("memory")
         told = fields.any("offload")
-        self.offload: Offload | None = None if told is None else _offload(told)
+        self.offload: Offload | None = None if told is None else read_offload(told)
+        self.engine = EngineUsed(
+            name=worker.hello.engine,
+            version=worker.hello.engine_version,
+            precision=worker.hello.precision,
+            joined=fields.boolean("joined"),
+            why=why_engine,
+            checks=tuple(fields.items("checks", max_items=MAX_LOWERED_CHECKS, read=read_check)),
+        )
         fields.done()
 
     @property
@@ -207,12 +165,18 @@ class Model:
             raise FrameError(
                 "wrong number of outputs", expected=str(len(self.output_names)), got=str(len(answer.tensors))
             )
-        return Answered(tuple(answer.tensors), seconds, peak, None if told is None else _outside(told))
+        return Answered(tuple(answer.tensors), seconds, peak, None if told is None else read_outside(told))
 
     def stats(self) -> Mapping[str, Any]:
         """What the worker holds now: weight arena, resident set and its peak, in bytes."""
         memory: Mapping[str, Any] = self._request(Frame(Kind.STATS)).meta["memory"]
         return memory
+
+    def tcb(self) -> Tcb:
+        """The files that the worker has loaded by now: what of this machine's software has to be trusted."""
+        from motte.trusted.tcb import Tcb
+
+        return Tcb.from_json(self._request(Frame(Kind.TCB)).meta["tcb"])
 
     def close(self) -> None:
         """End the worker. Safe to call again."""
@@ -274,6 +238,7 @@ def load(
     signer: SignerPublicKey | str | os.PathLike[str],
     settings: LoadSettings | None = None,
     recorder: Recorder | None = None,
+    worker: WorkerProcess | None = None,
     **options: Any,
 ) -> Model:
     """Start a trusted worker, release the bundle's keys to it and open the model there.
@@ -285,16 +250,34 @@ def load(
             seal to a public key.
         settings: a :class:`LoadSettings`; or give its fields as further keywords.
         recorder: sees every frame that crosses to and from the worker.
+        worker: a started, empty one to use instead; it ends with this model, also when loading fails.
 
     Raises:
         SettingError: an unknown or contradictory setting.
+        UnsupportedError: the bundle cannot run on the engine that was asked for; says why.
         BundleError, SignatureError, RollbackError, KeyAccessError, DecryptError: the bundle was refused; the error
             says which numbered check failed.
         ResourceError: the plan does not fit the stated memory.
         WorkerDied, WorkerStalled: the worker did not come up.
         LinkError: no accelerator at that address. SettingError: an accelerator for a bundle without a scheme.
     """
-    chosen = _settings(settings, options)
+    try:
+        chosen = _settings(settings, options)
+        return _load(Path(path).resolve(), keys, signer, chosen, recorder, worker)
+    except BaseException:
+        if worker is not None:
+            worker.kill()
+        raise
+
+
+def _load(
+    path: Path,
+    keys: RecipientPrivateKey | str | os.PathLike[str],
+    signer: SignerPublicKey | str | os.PathLike[str],
+    chosen: LoadSettings,
+    recorder: Recorder | None,
+    started: WorkerProcess | None,
+) -> Model:
     private = keys if isinstance(keys, RecipientPrivateKey) else load_key(Path(keys), RecipientPrivateKey)
     demanded = (
         signer
@@ -302,18 +285,28 @@ def load(
         else load_public(signer if isinstance(signer, str) else Path(signer), SignerPublicKey)
     )
     clock = Clock()
-    bundle_path = Path(path).resolve()
     with (
-        clock.segment("read header", since="path given", until="signature verified, key-encryption key unwrapped"),
-        open_bundle(bundle_path, signer=demanded, min_release=chosen.min_release) as bundle,
+        clock.segment("read header", since="path given", until="key-encryption key unwrapped, engine chosen"),
+        open_bundle(path, signer=demanded, min_release=chosen.min_release) as bundle,
     ):
         header = bundle.header
         kek = bundle.unwrap(private)
+        engine, why = _engine(bundle, kek, chosen, started)
     threads = chosen.threads or len(os.sched_getaffinity(0))
+    if started is not None:
+        _check_started(started, chosen)
     peer = None if chosen.accelerator is None else open_peer(chosen.accelerator, timeout_s=chosen.timeout_s)
     try:
-        with clock.segment("start worker", since="process spawned", until="its first frame received"):
-            worker = WorkerProcess(threads=threads, recorder=recorder, accelerator=_handed_over(peer, chosen))
+        worker = started
+        if worker is None:
+            with clock.segment("start worker", since="process spawned", until="its first frame received"):
+                worker = WorkerProcess(
+                    threads=threads,
+                    engine=engine,
+                    precision=chosen.precision,
+                    recorder=recorder,
+                    accelerator=_handed_over(peer, chosen),
+                )
     except BaseException:
         if peer is not None:
             peer.close()
@@ -326,19 +319,56 @@ def load(
             public = worker.hello.public_key
             grant, session = make_grant(kek, public, bundle_id=header.bundle_id, release=header.release)
         with clock.segment("open and load", since="grant sent", until="worker ready"):
-            worker.send(Frame(Kind.OPEN, _open_meta(bundle_path, demanded, chosen)), timeout_s=chosen.timeout_s)
+            worker.send(Frame(Kind.OPEN, _open_meta(path, demanded, chosen)), timeout_s=chosen.timeout_s)
             worker.send(Frame(Kind.GRANT, {"sealed": grant.hex()}), timeout_s=chosen.timeout_s)
             sending, receiving = session.client_ciphers()
             worker.link.secure(sending=sending, receiving=receiving, clear_error_first=True)
             ready = worker.receive(timeout_s=chosen.timeout_s)
             if ready.kind is not Kind.READY:
                 raise reported(ready)[0]
-        return Model(worker, ready.meta, chosen, clock, peer)
+        return Model(worker, ready.meta, chosen, clock, peer, why)
     except BaseException:
         worker.kill()
         if peer is not None:
             peer.close()
         raise
+
+
+def _engine(
+    bundle: SignedBundle, kek: KeyEncryptionKey, settings: LoadSettings, started: WorkerProcess | None
+) -> tuple[str, str]:
+    """Which engine the worker gets, and why."""
+    if started is not None:
+        return started.hello.engine, "the worker was started with it"
+    if settings.engine != AUTO:
+        return settings.engine, "asked for"
+    if settings.accelerator is not None:
+        return "torch", "only it can run layers split"
+    lowered = read_lowered(bundle.unlock(kek).manifest())
+    if not isinstance(lowered, Lowered):
+        return "torch", why_not_lowered(lowered)
+    if find_spec("onnxruntime") is None:
+        return "torch", "onnxruntime is not installed"
+    return "onnxruntime", "every part is lowered"
+
+
+def _check_started(worker: WorkerProcess, settings: LoadSettings) -> None:
+    """Refuse settings that a worker which runs already cannot follow.
+
+    Raises:
+        SettingError: another engine or precision than it was started with, an accelerator, another thread count.
+    """
+    hello = worker.hello
+    engine = hello.engine if settings.engine == AUTO else settings.engine
+    wanted = {
+        "engine": (engine, hello.engine),
+        "precision": (settings.precision, hello.precision),
+        "threads": (str(settings.threads or hello.threads), str(hello.threads)),
+        "accelerator": (str(settings.accelerator), "None"),
+    }
+    for name, (asked, has) in wanted.items():
+        if asked != has:
+            raise SettingError("the worker was started with another setting", where=name, expected=has, got=asked)
 
 
 def _settings(settings: LoadSettings | None, options: Mapping[str, Any]) -> LoadSettings:
@@ -365,84 +395,9 @@ def _open_meta(path: Path, signer: SignerPublicKey, settings: LoadSettings) -> d
         "signer": str(signer),
         "min_release": settings.min_release,
         "mode": settings.mode,
+        "precision": settings.precision,
         "weight_memory_bytes": settings.weight_memory_bytes,
         "open_threads": settings.threads or len(os.sched_getaffinity(0)),
         "stated_dims": dict(settings.dims or {}),
         "verify_digests": settings.verify_digests,
     }
-
-
-def reported(frame: Frame) -> tuple[MotteError, bool]:
-    """The error that an ERROR frame carries, as its own class again, and whether the worker ended with it."""
-    if frame.kind is not Kind.ERROR:
-        raise FrameError("frame in the wrong state", expected="ANSWER or ERROR", got=frame.kind.name)
-    fields = Fields(dict(frame.meta), where="ERROR", error=FrameError)
-    name, message, fatal = (
-        fields.text("class", max_bytes=64),
-        fields.text("message", max_bytes=4096),
-        fields.boolean("fatal"),
-    )
-    facts = {key: fields.any(key) for key in ("expected", "got", "where", "hint", "check")}
-    fields.done()
-    if any(value is not None and not isinstance(value, str) for value in facts.values()):
-        raise FrameError("facts of an error are not text", where="ERROR")
-    check = facts.pop("check")
-    kind = getattr(errors, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, MotteError)):
-        return WorkerRefused(message, kind=name, **facts), fatal
-    problem = kind(message, **facts)
-    if check is not None:
-        problem.check = check
-    return problem, fatal
-
-
-def _offload(told: object) -> Offload:
-    fields = Fields(told, where="READY.offload", error=FrameError)
-    name = fields.any("accelerator")
-    found = Offload(
-        accelerator=None if name is None else _text(name, "READY.offload.accelerator"),
-        layers=tuple(fields.items("layers", max_items=MAX_ACCELERATOR_LAYERS, read=_text)),
-        noise=fields.boolean("noise"),
-        integrity=fields.text("integrity", max_bytes=64),
-    )
-    fields.done()
-    return found
-
-
-def _outside(told: object) -> Outside:
-    fields = Fields(told, where="ANSWER.outside", error=FrameError)
-    seconds = fields.fields("seconds")
-    found = Outside(
-        layers=fields.integer("layers", low=0, high=MAX_ACCELERATOR_LAYERS),
-        sent_bytes=fields.integer("sent_bytes", low=0, high=1 << 62),
-        received_bytes=fields.integer("received_bytes", low=0, high=1 << 62),
-        seconds={name: seconds.number(name) for name in ("inside", "send", "wait")},
-    )
-    seconds.done()
-    fields.done()
-    return found
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise FrameError("not text", where=where)
-    return value
-
-
-def _dim(value: object, where: str) -> Dim:
-    fields = Fields(value, where=where, error=FrameError)
-    found = Dim(
-        fields.text("name", max_bytes=64),
-        fields.integer("low", low=0, high=1 << 62),
-        fields.integer("high", low=0, high=1 << 62),
-    )
-    fields.done()
-    return found
-
-
-def _value(value: object, where: str) -> Value:
-    fields = Fields(value, where=where, error=FrameError)
-    name, dtype = fields.text("name", max_bytes=512), fields.text("dtype", max_bytes=8)
-    shape = fields.items("shape", max_items=16, read=lambda item, _: Size(item) if isinstance(item, str) else int(item))
-    fields.done()
-    return Value(name, TensorType(dtype, tuple(shape)))

@@ -26,13 +26,17 @@ class Part:
     graph: Graph
 
 
-def split(graph: Graph, plan: Plan) -> tuple[Part, ...]:
+def split(graph: Graph, plan: Plan, *, checked: bool = False) -> tuple[Part, ...]:
     """The parts of the captured (untiled) ``graph``, in order.
+
+    Args:
+        checked: the plan was checked against this graph already.
 
     Raises:
         PlanError: the plan breaks a rule (:func:`motte.plan.rules.check_plan` runs first).
     """
-    check_plan(plan, graph)
+    if not checked:
+        check_plan(plan, graph)
     tiled = apply_tiles(graph, plan.tiles)
     position = {node.name: index for index, node in enumerate(tiled.nodes)}
     ends = [*(position[name] + 1 for name in plan.cut_after), len(tiled.nodes)]

@@ -1,4 +1,4 @@
-"""Entry of the worker process: ``python -m motte.trusted --fd N --threads T --engine torch``.
+"""Entry of the worker process: ``python -m motte.trusted --fd N --threads T --engine NAME``.
 
 Started only by :mod:`motte.enclave`, with one connected socket as file descriptor N and, with ``--accelerator-fd``, a
 second one to an accelerator. The worker opens no address itself, and nothing that decides what leaves is an argument.
@@ -6,30 +6,69 @@ second one to an accelerator. The worker opens no address itself, and nothing th
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
 import socket
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+from motte.engines.select import ENGINES, PRECISIONS
+from motte.errors import SettingError
 
 if TYPE_CHECKING:
     from motte.accelerator.interface import Accelerator
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """The arguments, each a name and a value. Not argparse: it would load a dozen modules into every worker."""
+
+    fd: int
+    threads: int
+    engine: str
+    precision: str = "f32"
+    accelerator_fd: int | None = None
+    accelerator_name: str = "accelerator"
+    accelerator_timeout: float = 60.0
+
+    @staticmethod
+    def read(words: Sequence[str]) -> _Options:
+        """Raises: SettingError: an unknown, repeated, missing or ill-typed argument."""
+        readers: Mapping[str, Callable[[str], Any]] = {
+            "--fd": int,
+            "--threads": int,
+            "--engine": str,
+            "--precision": str,
+            "--accelerator-fd": int,
+            "--accelerator-name": str,
+            "--accelerator-timeout": float,
+        }
+        found: dict[str, Any] = {}
+        for name, value in zip_longest(words[::2], words[1::2]):
+            field = name.removeprefix("--").replace("-", "_")
+            if name not in readers or value is None or field in found:
+                raise SettingError("not an argument of a worker, or given twice", got=name)
+            try:
+                found[field] = readers[name](value)
+            except ValueError as problem:
+                raise SettingError("not a value of this argument", where=name, got=value) from problem
+        for field, allowed in (("engine", ENGINES), ("precision", PRECISIONS)):
+            if found.get(field, allowed[0]) not in allowed:
+                raise SettingError(f"unknown {field}", expected=", ".join(allowed), got=found[field])
+        missing = sorted({"fd", "threads", "engine"} - set(found))
+        if missing:
+            raise SettingError("an argument of the worker is missing", expected=", ".join(missing))
+        return _Options(**found)
+
+
 def main() -> int:
     """Harden, load the engine, serve the link; the exit status is the worker's."""
     began = time.perf_counter()
-    parser = argparse.ArgumentParser(prog="motte.trusted")
-    parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--engine", choices=("torch",), required=True)
-    parser.add_argument("--accelerator-fd", type=int)
-    parser.add_argument("--accelerator-name", default="accelerator")
-    parser.add_argument("--accelerator-timeout", type=float, default=60.0)
-    options = parser.parse_args()
+    options = _Options.read(sys.argv[1:])
     # Read by OpenMP when torch is loaded: waiting threads must sleep, or two of them beside any busy process spin.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
@@ -39,7 +78,7 @@ def main() -> int:
     hardening = harden()
     from motte.engines.select import make_engine
 
-    engine = make_engine(options.engine, threads=options.threads)
+    engine = make_engine(options.engine, threads=options.threads, precision=options.precision)
     engine_ready = time.perf_counter()
     from motte.link.local import Link
     from motte.trusted.worker import Worker
@@ -50,7 +89,8 @@ def main() -> int:
         "simulated": True,
         "pid": os.getpid(),
         "engine": engine.name,
-        "engine_version": importlib.import_module("importlib.metadata").version(engine.name),
+        "engine_version": str(sys.modules[engine.name].__version__).partition("-")[0],
+        "precision": options.precision,
         "threads": options.threads,
         "dumpable": hardening.dumpable,
         "seconds": {"import_engine": engine_ready - began, "import_worker": time.perf_counter() - engine_ready},
@@ -63,7 +103,7 @@ def main() -> int:
             name=options.accelerator_name,
             timeout_s=options.accelerator_timeout,
         )
-    return Worker(link, engine, hello=hello, accelerator=accelerator).serve()
+    return Worker(link, engine, hello=hello, precision=options.precision, accelerator=accelerator).serve()
 
 
 def _greet(fd: int, *, name: str, timeout_s: float) -> Accelerator:

@@ -1,7 +1,7 @@
 """The trusted worker: one link, one bundle, one life. It answers; nothing outside can make it do anything else.
 
-States, in order, each entered once: hello -> open + grant -> ready -> any number of run and stats. Any error before
-``ready``, and any failure of a key, a chunk or the link after it, ends the worker; a refused input does not.
+States, in order, each entered once: hello -> open + grant -> ready -> any number of run, stats and tcb. Any error
+before ``ready``, and any failure of a key, a chunk or the link after it, ends the worker; a refused input does not.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from motte.capture.binding import bind_dims
 from motte.capture.graph import Size, Value
 from motte.capture.signature import to_json
-from motte.engines.interface import Array, Engine, Program
+from motte.engines.interface import Array, Engine
+from motte.engines.select import PRECISIONS
 from motte.errors import FrameError, InputError, MotteError, PeerClosed, ResourceError, SettingError, UnsupportedError
 from motte.limits import MAX_NAME_BYTES, MAX_RELEASE, MAX_TENSOR_BYTES
 from motte.link.frames import Frame, Kind, WireTensor
 from motte.link.local import Link
+from motte.lower.lowered import EngineCheck, Lowered, check_json
 from motte.measure.memory import read_memory
 from motte.offload.graph_layers import SplitNode, split_extra_bytes, split_nodes
 from motte.offload.placement import from_plan
@@ -33,15 +35,15 @@ from motte.seal.keys import SignerPublicKey
 from motte.seal.manifest import LaidOutPart, Manifest, check_sizes, lay_out_parts, loads
 from motte.seal.primitives import new_x25519
 from motte.seal.reader import UnlockedBundle, open_bundle
-from motte.split.chain import run_parts
 from motte.strict_json import Fields
+from motte.trusted.execution import Execution, prepare
 from motte.trusted.weights import MODES, PartWeights, ResidentWeights, StreamedWeights
 
 if TYPE_CHECKING:
     from motte.accelerator.interface import Accelerator
     from motte.trusted.outside import Outside
 
-PROTOCOL = 2
+PROTOCOL = 3
 _MAX_PATH_BYTES = 4096
 
 
@@ -53,6 +55,7 @@ class OpenRequest:
     signer: str
     min_release: int
     mode: str
+    precision: str
     weight_memory_bytes: int
     open_threads: int
     stated_dims: Mapping[str, int]
@@ -70,6 +73,7 @@ class OpenRequest:
             signer=fields.text("signer", max_bytes=MAX_NAME_BYTES),
             min_release=fields.integer("min_release", low=0, high=MAX_RELEASE),
             mode=fields.choice("mode", MODES),
+            precision=fields.choice("precision", PRECISIONS),
             weight_memory_bytes=fields.integer("weight_memory_bytes", low=0, high=MAX_TENSOR_BYTES),
             open_threads=fields.integer("open_threads", low=1, high=256),
             stated_dims=dims,
@@ -83,10 +87,11 @@ class OpenRequest:
 class _Loaded:
     manifest: Manifest
     parts: tuple[LaidOutPart, ...]
-    programs: list[Program]
+    execution: Execution
     weights: PartWeights
     split: tuple[SplitNode, ...]
     outside: Outside | None
+    checks: tuple[EngineCheck, ...]
     stated_dims: Mapping[str, int] | None
     rss_before_open_bytes: int
     peaks: dict[tuple[tuple[str, int], ...], int]
@@ -114,11 +119,13 @@ class Worker:
         engine: Engine,
         *,
         hello: Mapping[str, Any],
+        precision: str = "f32",
         accelerator: Callable[[], Accelerator] | None = None,
     ) -> None:
         self._link = link
         self._engine = engine
         self._hello = hello
+        self._precision = precision
         self._accelerator = accelerator
         self._loaded: _Loaded | None = None
 
@@ -162,8 +169,9 @@ class Worker:
 
     def _load(self, bundle: UnlockedBundle, request: OpenRequest, marks: list[float]) -> None:
         manifest = loads(bundle.manifest())
+        checks = self._checks(manifest, request.precision)
         split = self._split(manifest, bundle.signed.header.public_weights)
-        parts = lay_out_parts(manifest)
+        parts = lay_out_parts(manifest, checked=True)
         check_sizes(parts, tuple(bundle.part_bytes(index) for index in range(bundle.parts)))
         streamed = request.mode == "streamed"
         dims = self._stated_dims(manifest, request) if streamed or request.stated_dims else None
@@ -176,20 +184,46 @@ class Worker:
         marks.append(time.perf_counter())
         try:
             outside = self._open_outside(manifest, split)
-            programs = [self._compile(part, outside) for part in parts]
+            runners = {} if outside is None else outside.runners
+            execution = prepare(manifest, parts, self._engine, weights, resident=not streamed, runners=runners)
+            self._refuse_copies(request, weights, execution)
         except BaseException:
             weights.close()
             raise
         marks.append(time.perf_counter())
-        self._loaded = _Loaded(manifest, parts, programs, weights, split, outside, dims, before, {})
+        self._loaded = _Loaded(manifest, parts, execution, weights, split, outside, checks, dims, before, {})
         self._link.send(Frame(Kind.READY, self._ready(marks)))
 
-    def _compile(self, part: LaidOutPart, outside: Outside | None) -> Program:
-        graph = part.part.graph
-        runners = {} if outside is None else outside.runners
-        return self._engine.compile(
-            graph, runners={node.name: runners[node.name] for node in graph.nodes if node.name in runners}
-        )
+    def _refuse_copies(self, request: OpenRequest, weights: PartWeights, execution: Execution) -> None:
+        """What an engine really copied can be known only now; a bound that it breaks ends the worker."""
+        need = weights.arena_bytes + (execution.copy_bytes or 0)
+        if execution.joined and request.weight_memory_bytes and need > request.weight_memory_bytes:
+            raise ResourceError(
+                "the engine's own copies do not fit the weight memory",
+                expected=f"at most {request.weight_memory_bytes} bytes",
+                got=f"{need} bytes (opened parts and what {self._engine.name} copied)",
+                hint="run with --mode streamed, or with --engine torch",
+            )
+
+    def _checks(self, manifest: Manifest, precision: str) -> tuple[EngineCheck, ...]:
+        """The comparisons with the reference that the owner made for this engine at this precision.
+
+        Raises:
+            SettingError: a precision for which there is none, or that this worker was not started with.
+        """
+        if precision != self._precision:
+            raise SettingError("this worker was started for another precision", expected=self._precision, got=precision)
+        lowered = manifest.lowered
+        every = lowered.checks if isinstance(lowered, Lowered) else ()
+        found = tuple(c for c in every if (c.engine, c.precision) == (self._engine.name, precision))
+        if precision != "f32" and not found:
+            raise SettingError(
+                f"nobody measured what {precision} changes in this model's answers",
+                where=manifest.graph.name,
+                got=f"--precision {precision}",
+                hint=f"let its owner seal it with --precision {precision}, or run it in f32",
+            )
+        return found
 
     def _split(self, manifest: Manifest, public: tuple[str, ...]) -> tuple[SplitNode, ...]:
         """The nodes that may run split, by the frozen placement and the signed header; nothing is sent yet.
@@ -245,6 +279,8 @@ class Worker:
             "seconds": dict(zip(("verify", "open", "load"), _differences(marks), strict=True)),
             "memory": self._memory(),
             "offload": self._offload(),
+            "joined": loaded.execution.joined,
+            "checks": [check_json(check) for check in loaded.checks],
         }
 
     def _offload(self) -> dict[str, Any] | None:
@@ -264,8 +300,13 @@ class Worker:
         if frame.kind is Kind.STATS:
             self._link.send(Frame(Kind.ANSWER, {"memory": self._memory()}))
             return
+        if frame.kind is Kind.TCB:
+            from motte.trusted.tcb import loaded_files
+
+            self._link.send(Frame(Kind.ANSWER, {"tcb": loaded_files().to_json()}))
+            return
         if frame.kind is not Kind.RUN:
-            raise FrameError("not a request", expected="RUN or STATS", got=frame.kind.name)
+            raise FrameError("not a request", expected="RUN, STATS or TCB", got=frame.kind.name)
         try:
             answer = self._infer(frame)
         except InputError as problem:
@@ -282,15 +323,14 @@ class Worker:
         dims = bind_dims(graph, [(tensor.dtype, tensor.shape) for tensor in frame.tensors])
         peak = self._activation_peak(dims)
         inputs: list[Array] = [self._engine.from_bytes(t.dtype, t.shape, memoryview(t.data)) for t in frame.tensors]
-        parts = [laid_out.part for laid_out in loaded.parts]
         books: dict[str, Any] | None = None
         try:
             if loaded.outside is None:
-                outputs = run_parts(parts, loaded.programs, graph, inputs, loaded.weights.part, dims)
+                outputs = loaded.execution.run(inputs, dims)
             else:
                 with _one_run():
                     loaded.outside.begin_run()
-                    outputs = run_parts(parts, loaded.programs, graph, inputs, loaded.weights.part, dims)
+                    outputs = loaded.execution.run(inputs, dims)
                     books = loaded.outside.end_run()
         except MemoryError as problem:
             raise ResourceError("out of memory", where=graph.name, hint="run a smaller batch") from problem
@@ -322,7 +362,7 @@ class Worker:
         return {
             "weight_arena_bytes": loaded.weights.arena_bytes,
             "weight_resident_bytes": loaded.weights.resident_bytes(),
-            "engine_copy_bytes": max(copy_bytes(part.part.graph) for part in loaded.parts),
+            "engine_copy_bytes": loaded.execution.copy_bytes,
             "weights_locked": loaded.weights.locked,
             "rss_before_open_bytes": loaded.rss_before_open_bytes,
             "rss_bytes": memory.rss_bytes,

@@ -35,7 +35,7 @@ def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, A
 COMMANDS = dict(commands(typer.main.get_command(root.app)))
 VERBS = sorted(name for name, command in COMMANDS.items() if name and not getattr(command, "commands", {}))
 
-GROUPS = ("zoo", "keys", "recipients", "accelerator", "broker", "broker policy", "broker audit")
+GROUPS = ("zoo", "keys", "recipients", "accelerator", "broker", "broker policy", "broker audit", "enclave")
 
 
 def options_of(command: Any) -> frozenset[str]:
@@ -55,6 +55,7 @@ def test_these_are_the_verbs() -> None:
         "accelerator serve",
         "accelerator cert",
         *(f"broker {verb}" for verb in ("init", "serve", "add", "revoke", "rotate", "backup", "restore")),
+        *(f"enclave {verb}" for verb in ("build", "check", "measure")),
         "broker policy check",
         "broker policy set",
         "broker audit verify",

@@ -8,6 +8,7 @@ from motte.cli import (
     accelerator,
     broker,
     doctor,
+    enclave,
     inspect,
     keys,
     plan,
@@ -25,6 +26,7 @@ from motte.cli import (
 GROUPS: Final = {
     "accelerator": accelerator.app,
     "broker": broker.app,
+    "enclave": enclave.app,
     "keys": keys.app,
     "recipients": recipients.app,
     "zoo": zoo.app,

@@ -12,6 +12,7 @@ SIMULATED: no hardware protection.
 from __future__ import annotations
 
 import tempfile
+from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main() -> None:
         one(name, options)
 
 
-def one(name: str, options: object) -> None:
+def one(name: str, options: Namespace) -> None:
     """Measure one model."""
     batch, threads = options.batch, options.threads
     bare = [engine for engine in options.engines if engine != "torch"]

@@ -30,7 +30,7 @@ def main() -> None:
 def one(name: str, batch: int, threads: int, repeats: int, records: object) -> None:
     """Measure one model."""
     with sealed(name, batch=batch) as bundle:
-        settings = motte.LoadSettings(threads=threads, timeout_s=300)
+        settings = motte.LoadSettings(threads=threads, engine="torch", timeout_s=300)
         with motte.load(bundle.path, keys=bundle.key, signer=bundle.signer, settings=settings) as model:
             peer = EagerPeer(name, batch=batch, threads=threads)
             wire = to_wire(input_array(name, batch), where="input")

@@ -1,6 +1,7 @@
 """VGG-19 (575 MB of weights) streamed through 64 MiB of weight memory, against the resident eager model.
 
     python benchmarks/bench_streamed.py [--name vgg19] [--weight-memory-mib 64] [--batch 1 8] [--repeats 11]
+                                        [--engines torch onnxruntime]
 
 The baseline holds all weights in plain memory and decrypts nothing. The sealed model reads, authenticates and decrypts
 every weight again for every answer. SIMULATED: no hardware protection.
@@ -12,12 +13,17 @@ in the growth of the worker's whole resident set, printed beside it.
 
 from __future__ import annotations
 
-from peers import CONSOLE, EagerPeer, arguments, digest, input_array, report, sealed
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from peers import CONSOLE, EagerPeer, SealedModel, arguments, digest, input_array, report, sealed
 
 import motte
 from motte.limits import MIB
 from motte.measure.compare import compare
 from motte.run.tensors import to_wire
+from motte.run.told import Answered
 
 WARMUP = 2
 
@@ -28,47 +34,60 @@ def main() -> None:
     parser.add_argument("--name", default="vgg19")
     parser.add_argument("--weight-memory-mib", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--engines", nargs="+", default=["torch", "onnxruntime"])
     options = parser.parse_args()
     bound = options.weight_memory_mib * MIB
     for batch in options.batch:
-        with sealed(options.name, batch=batch, weight_memory=bound) as bundle:
+        with sealed(options.name, batch=batch, weight_memory=bound, lower=True) as bundle:
             one(options.name, bundle, batch, bound, options)
 
 
-def one(name: str, bundle: object, batch: int, bound: int, options: object) -> None:
-    """Measure one batch size."""
-    settings = motte.LoadSettings(
-        mode="streamed", weight_memory_bytes=bound, threads=options.threads, dims={"batch": batch}, timeout_s=300
-    )
-    with motte.load(bundle.path, keys=bundle.key, signer=bundle.signer, settings=settings) as model:
+def one(name: str, bundle: SealedModel, batch: int, bound: int, options: Namespace) -> None:
+    """Measure one batch size: the eager peer and a worker of each engine, in one run."""
+    wire = to_wire(input_array(name, batch), where="input")
+    with ExitStack() as stack:
         peer = EagerPeer(name, batch=batch, threads=options.threads)
-        wire = to_wire(input_array(name, batch), where="input")
-        answers = []
-        candidates = {
-            "eager, unsplit, resident": peer.run,
-            f"{bundle.parts} sealed parts, streamed": lambda: answers.append(model.run([wire])),
-        }
+        stack.callback(peer.close)
+        candidates = {"eager, unsplit, resident": peer.run}
+        workers: dict[str, tuple[motte.Model, list[Answered]]] = {}
+        for engine in options.engines:
+            settings = motte.LoadSettings(
+                mode="streamed", weight_memory_bytes=bound, threads=options.threads, dims={"batch": batch},
+                timeout_s=300, engine=engine,
+            )  # fmt: skip
+            model = stack.enter_context(
+                motte.load(bundle.path, keys=bundle.key, signer=bundle.signer, settings=settings)
+            )
+            answers: list[Answered] = []
+            workers[engine] = (model, answers)
+            candidates[f"{engine}, {bundle.parts} sealed parts, streamed"] = lambda model=model, answers=answers: (
+                answers.append(model.run([wire]))
+            )
         found = compare(candidates, warmup=WARMUP, repeats=options.repeats)
-        same = peer.digest() == digest(answers[-1].outputs[0].data)
-        memory = model.stats()
-        peer_peak = peer.memory()
-        peer.close()
+        for engine, (model, answers) in workers.items():
+            same = peer.digest() == digest(answers[-1].outputs[0].data)
+            show(f"{name} batch {batch}, {engine}", same, model.stats(), answers, bound)
+        CONSOLE.print(f"the eager peer's process held {peer.memory() / MIB:.0f} MiB")
     report(
         found, series="streamed", what="input given to answer open", threads=options.threads, records=options.records,
         model=name, batch=batch, weight_memory_bytes=bound,
     )  # fmt: skip
+
+
+def show(title: str, same: bool, memory: Mapping[str, int], answers: Sequence[Answered], bound: int) -> None:
+    """Equality, waiting and memory of one worker."""
     waits = sorted(answer.seconds["wait_for_weights"] for answer in answers)
     weights = memory["weight_arena_bytes"] + memory["engine_copy_bytes"]
     growth = memory["rss_peak_bytes"] - memory["rss_before_open_bytes"]
     CONSOLE.print(
-        f"{name} batch {batch}: outputs {'equal to the bit' if same else 'differ (tiled parts: rounding)'}; "
+        f"{title}: outputs {'equal to the bit' if same else 'differ from eager (rounding)'}; "
         f"waiting for weights {waits[len(waits) // 2] * 1e3:.0f} ms a call\n"
         f"weight memory {weights / MIB:.1f} MiB of {bound / MIB:.1f}: "
         f"opened parts {memory['weight_arena_bytes'] / MIB:.1f} "
         f"(in memory by the kernel's count {memory['weight_resident_bytes'] / MIB:.1f}), engine's largest copy "
         f"{memory['engine_copy_bytes'] / MIB:.1f} (computed)\n"
         f"activations at most {answers[-1].activation_peak_bytes / MIB:.1f} MiB (computed); the worker's resident set "
-        f"grew by at most {growth / MIB:.1f} MiB; the eager peer's process held {peer_peak / MIB:.0f} MiB"
+        f"grew by at most {growth / MIB:.1f} MiB"
     )
     if weights > bound or memory["weight_resident_bytes"] > memory["weight_arena_bytes"] + 4096:
         raise SystemExit("error: the weight memory is above the bound")

@@ -260,6 +260,27 @@ def test_a_forged_chunk_put_in_after_the_digests_were_verified(sealed: Any) -> N
     bundle.signed.close()
 
 
+def test_a_forged_manifest_is_refused_without_asking(sealed: Any) -> None:
+    """B-23 on section 0: an insider forges it with the true data key."""
+    with unlocked(sealed) as first:
+        true = first.manifest()
+        first.signed.close()
+    bundle = unlocked(sealed)
+    forged = bytearray(len(true) + 16)
+    bundle._ciphers[0].seal(0, True, memoryview(b"\x66" * len(true)), memoryview(forged))
+    start = section_start(sealed, 0)
+    kept = sealed.path.read_bytes()[start : start + len(forged)]
+    # Once it was read, the digests of its chunks are known, and a chunk put in later is found by them.
+    for check in ("B-23", "B-22"):
+        overwrite(sealed.path, start, forged)
+        with pytest.raises(SignatureError) as caught:
+            bundle.manifest()
+        assert caught.value.check == check
+        overwrite(sealed.path, start, kept)
+        assert bundle.manifest() == true
+    bundle.signed.close()
+
+
 def test_what_is_closed_stays_closed(sealed: Any) -> None:
     bundle = unlocked(sealed)
     bundle.close()

@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -207,7 +208,7 @@ class SignedBundle:
         self._offsets = section_offsets(header, header_bytes)
         self._fd: int | None = fd
         self._owns_fd = owns_fd
-        self._pinned: tuple[tuple[bytes, ...], ...] | None = None
+        self._pinned: dict[int, tuple[bytes, ...]] = {}
         # Buffers are reused: fresh megabytes cost as much time in page faults as their decryption does.
         self._buffers: deque[bytearray] = deque()
 
@@ -305,13 +306,36 @@ class SignedBundle:
             SignatureError: a section is not what the signer sealed; names it.
             BundleError: the file was cut off meanwhile.
         """
-        self._pinned = None
-        found = []
-        for section in self.header.sections:
-            digests = self._chunk_digests(section, threads, progress)
+        self._pinned = {}
+        self._pinned = {
+            section.index: self._verified_digests(section, threads, progress) for section in self.header.sections
+        }
+
+    @contextmanager
+    def pinned(self, section: SectionEntry, *, threads: int = 1) -> Iterator[None]:
+        """What is opened of ``section`` inside is the signer's own: B-22 holds inside, and B-23 is made at the end.
+
+        In this order a chunk that nobody with keys made is reported as that (B-21).
+
+        Raises:
+            SignatureError, BundleError: see :meth:`verify_digests`; what was opened must not be used then.
+        """
+        if section.index in self._pinned:
+            yield
+            return
+        digests = self._chunk_digests(section, threads, None)
+        self._pinned[section.index] = digests
+        try:
+            yield
             check_section_digest(section, digests)
-            found.append(digests)
-        self._pinned = tuple(found)
+        except BaseException:
+            del self._pinned[section.index]
+            raise
+
+    def _verified_digests(self, section: SectionEntry, threads: int, progress: Progress | None) -> tuple[bytes, ...]:
+        digests = self._chunk_digests(section, threads, progress)
+        check_section_digest(section, digests)
+        return digests
 
     def digest_matches(self, index: int, progress: Progress | None = None) -> bool:
         """Whether the ciphertext of one section has the digest in the header: for display, nothing is pinned."""
@@ -358,12 +382,13 @@ class SignedBundle:
         return ciphertext
 
     def check_pinned(self, section: SectionEntry, chunk: int, ciphertext: memoryview) -> None:
-        """After :meth:`verify_digests`, check B-22 on a chunk; before, nothing.
+        """If the section's digest was verified, check B-22 on a chunk; before, nothing.
 
         Raises:
             SignatureError: not the chunk whose digest was verified.
         """
-        if self._pinned is not None and primitives.chunk_digest(ciphertext) != self._pinned[section.index][chunk]:
+        pinned = self._pinned.get(section.index)
+        if pinned is not None and primitives.chunk_digest(ciphertext) != pinned[chunk]:
             raise SignatureError(
                 "the chunk changed after its digest was verified", check="B-22", where=place(section, chunk)
             )
@@ -442,14 +467,15 @@ class UnlockedBundle:
         return self._signed.header.parts
 
     def manifest(self, *, threads: int = 1) -> bytes:
-        """The plaintext of the manifest, authenticated.
+        """The plaintext of the manifest, authenticated and as the signer wrote it (B-23 on this section, B-20 to B-22).
 
         Raises:
             DecryptError, SignatureError, BundleError: as :meth:`open_part`.
         """
         section = self._signed.header.sections[0]
         into = bytearray(section.plaintext_bytes)
-        self._open_section(section, memoryview(into), threads, None)
+        with self._signed.pinned(section, threads=threads):
+            self._open_section(section, memoryview(into), threads, None)
         return bytes(into)
 
     def part_bytes(self, index: int) -> int:

@@ -174,7 +174,7 @@ def test_files_are_out_of_reach_but_for_what_the_interpreter_reads(child, tmp_pa
     if ordinary_user:
         # pytest's folders are their owner's alone.
         for folder in (tmp_path, *tmp_path.parents):
-            if folder.name.startswith(("pytest-", "test_")):
+            if folder.name.startswith(("pytest-", "popen-", "test_")):
                 folder.chmod(0o755)
     script = (
         LOCKED_IN

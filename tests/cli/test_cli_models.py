@@ -282,6 +282,30 @@ def test_a_run_as_json(motte: Any, place: Any, reference: Any) -> None:
 
 
 @pytest.mark.slow
+def test_engines_pools_and_what_they_refuse(motte: Any, place: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(3).standard_normal((1, 3, 8, 8), dtype=np.float32))
+    words = ("--input", tmp_path / "x.npy", "--threads", "1", "--repeat", "0", "--json", "-q")
+    torch = motte("run", place.bundle, *place.run_keys, *words, "--engine", "torch")
+    auto = motte("run", place.bundle, *place.run_keys, *words)
+    pooled = motte("run", place.bundle, *place.run_keys, *words, "--pool", "1")
+    assert (torch.code, auto.code, pooled.code) == (0, 0, 0), torch.err + auto.err + pooled.err
+    assert [each.json["engine"]["name"] for each in (torch, auto, pooled)] == ["torch", "onnxruntime", "onnxruntime"]
+    assert auto.json["engine"]["difference"] < 1e-4
+    assert torch.json["engine"]["difference"] is None
+    assert auto.json["answers"] == pooled.json["answers"]
+    names = [segment["name"] for segment in pooled.json["segments"]]
+    assert "start worker" in [segment["name"] for segment in auto.json["segments"]]
+    assert "start worker" not in names
+    for wrong, said in (
+        (("--precision", "bf16"), "only openvino computes in bf16"),
+        (("--pool", "1", "--accelerator", "local"), "started without an accelerator"),
+        (("--engine", "openvino", "--precision", "bf16"), "bf16"),
+    ):
+        refused = motte("run", place.bundle, *place.run_keys, *words, *wrong)
+        assert refused.code != 0
+        assert said in refused.json["error"]["message"] + str(refused.json["error"])
+
+
 def test_streamed_answers_as_resident(motte: Any, place: Any, tmp_path: Path) -> None:
     array = np.random.default_rng(3).standard_normal((3, 3, 8, 8), dtype=np.float32)
     np.save(tmp_path / "x.npy", array)

@@ -8,6 +8,7 @@ lowered programs as files (a name and one of the three messages).
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -37,7 +38,12 @@ def open_files() -> set[str]:
 
 
 def children() -> list[str]:
-    return [word for path in Path("/proc/self/task").glob("*/children") for word in path.read_text().split()]
+    found: list[str] = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        # A thread may end between the listing and the reading.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += path.read_text().split()
+    return found
 
 
 def watch(engine_name: str, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -71,8 +72,11 @@ class Held:
 
 def held() -> Held:
     """What this process holds now."""
-    tasks = Path("/proc/self/task")
-    children = {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+    children: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        # A thread may end between the listing and the reading; its children are then another thread's.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children.update(int(pid) for pid in (task / "children").read_text().split())
     names = frozenset(thread.name for thread in threading.enumerate())
     return Held(len(os.listdir("/proc/self/fd")), frozenset(children), names)
 

@@ -32,6 +32,8 @@ MotteError
 |   |-- WorkerRefused     answered with an error of its own
 |   `-- WorkerClosed      was used after it had been closed
 |-- MeasureError          a figure cannot be stated: a value is missing, a clock was used out of order
+|   `-- GateError         a named bound on a figure does not hold, or has no figure to hold for
+|-- ContradictionError    a measurement refutes what motte states of itself: an error of ours
 `-- ResourceError         this machine lacks something: memory, a file, the network
 """
 
@@ -228,6 +230,14 @@ class WorkerClosed(WorkerError):
 
 class MeasureError(MotteError):
     """A figure cannot be stated: a value is missing, or a clock was used out of order."""
+
+
+class ContradictionError(MotteError):
+    """A measurement refutes what motte states of itself, such as an epsilon. It is an error of ours."""
+
+
+class GateError(MeasureError):
+    """A named bound on a figure does not hold, or there is no figure that it could hold for."""
 
 
 class ResourceError(MotteError):

@@ -47,6 +47,8 @@ MAX_TILES: Final = 4096
 CHUNK_BYTES: Final = 1 * MIB
 """Plaintext bytes of every chunk of a section but its last."""
 MAX_HEADER_BYTES: Final = 4 * MIB
+MAX_RUN_PEERS: Final = 64
+"""Accelerators that a bundle names."""
 MAX_RECIPIENTS: Final = 1024
 MAX_SECTION_BYTES: Final = 64 * GIB
 """Plaintext bytes of one section: 65,536 chunks."""
@@ -97,11 +99,20 @@ MAX_RUN_CHARGE: Final = 1 << 40
 # --- enclave images (docs/spec/image.md) ----------------------------------------------------------------------------
 MAX_GRAMINE_MANIFEST_BYTES: Final = 16 * MIB
 """One manifest of Gramine; one with ten thousand files takes 2 MB."""
+MAX_SCRIPT_RUN_BYTES: Final = 8 * MIB
+"""What an owner signed for one process of a script."""
+MAX_SCRIPT_ARGUMENTS: Final = 1024
+MAX_SCRIPT_BYTES: Final = 16 * MIB
+"""Source of one script."""
 
 # --- link ---------------------------------------------------------------------------------------------------------
 MAX_FRAME_BYTES: Final = 1 * GIB
 MAX_FRAME_META_BYTES: Final = 1 * MIB
 MAX_FRAME_TENSORS: Final = 1024
+MAX_SENT_BUNDLE_BYTES: Final = 16 * GIB
+"""Of a bundle that is sent to such a worker, whose memory holds it."""
+MAX_BUNDLE_FRAME_BYTES: Final = 16 * MIB
+"""Of ciphertext, in one frame to a worker that shares no kernel with its client."""
 MAX_TCB_FILES: Final = 16_384
 """Files that a worker lists as loaded."""
 MAX_CALL_META_BYTES: Final = 64 * KIB
@@ -145,3 +156,28 @@ MAX_RECORD_TEXT_BYTES: Final = 4 * KIB
 """Any one text of a record, an argument of its command line included."""
 MAX_RECORD_ENTRIES: Final = 256
 """Packages, parameters or arguments of one record."""
+
+# --- folders of results (docs/spec/records.md) ---------------------------------------------------------------------
+MAX_RESULTS_FILE_BYTES: Final = 256 * MIB
+"""One JSON file of a folder of results: what was asked and found, a plan, an audit."""
+MAX_TABLE_BYTES: Final = 1 * GIB
+"""One CSV file of a folder of results."""
+MAX_TABLE_ROWS: Final = 5_000_000
+MAX_RESULT_CASES: Final = 4096
+"""Cases of one folder of results."""
+MAX_PLAN_LAYERS: Final = 65_536
+"""Layers of one part that a drawing of a plan names as outside."""
+MAX_TRACE_BYTES: Final = 256 * MIB
+"""Samples that a sampler keeps; one takes a few hundred bytes."""
+
+# --- audits (docs/spec/audit.md) ----------------------------------------------------------------------------------
+MAX_AUDIT_TEXT_BYTES: Final = 4 * KIB
+"""Any one text of an audit."""
+MAX_AUDIT_ITEMS: Final = 100_000
+"""Findings, figures, checks or points of one list of an audit."""
+
+# --- the report ---------------------------------------------------------------------------------------------------
+MAX_REPORT_IMAGE_BYTES: Final = 1 * MIB
+"""One picture of an audit that the page carries."""
+MAX_REPORT_IMAGES_BYTES: Final = 2 * MIB
+"""All pictures of an audit that the page carries; the page itself stays below 6 MB with them."""

@@ -22,7 +22,19 @@ from motte.measure import record_file
 from motte.measure.clock import Segment, Segments
 from motte.measure.compare import compare_samples
 from motte.measure.provenance import Revision, command_line, package_versions, revision
-from motte.measure.record import PROCESS, UNITS, UNPROTECTED, Enclave, Interval, Record, Setting, state
+from motte.measure.record import (
+    ALWAYS_SIMULATED,
+    ENCLAVE_KINDS,
+    PROCESS,
+    UNITS,
+    UNPROTECTED,
+    Digests,
+    Enclave,
+    Interval,
+    Record,
+    Setting,
+    state,
+)
 from motte.measure.record_file import append, dumps, loads, read
 
 SETTING = Setting(threads=1, dtype="float32", device="cpu", engine="torch", enclave=PROCESS)
@@ -81,6 +93,22 @@ def test_a_line_round_trips() -> None:
     assert loads(dumps(bare)) == bare
 
 
+def test_a_record_names_model_and_bundle_and_older_ones_are_still_read() -> None:
+    digests = Digests(model="a" * 64, bundle="0" * 64)
+    assert loads(dumps(a_record(digests=digests))).digests == digests
+    assert loads(dumps(a_record())).digests == Digests()
+    older = changed("digests", ...) | {"format": "motte-record/1"}
+    assert loads(json.dumps(older)) == loads(json.dumps(GOOD)), "the first format had no digests"
+    with pytest.raises(MeasureError):
+        Digests(model="resnet50")
+
+
+@pytest.mark.parametrize("kind", ENCLAVE_KINDS)
+def test_every_kind_of_enclave_is_read_back(kind: str) -> None:
+    enclave = Enclave(kind, simulated=kind in ALWAYS_SIMULATED)
+    assert loads(dumps(a_record(setting=replace(SETTING, enclave=enclave)))).setting.enclave == enclave
+
+
 def test_a_comparison_becomes_a_record() -> None:
     found = compare_samples({"whole": [1.0, 1.1, 1.0, 1.2, 1.0], "parts": [1.1, 1.2, 1.1, 1.3, 1.1]})
     ratio = found.ratio("parts")
@@ -97,7 +125,9 @@ def test_every_field_is_demanded(field: str) -> None:
         loads(json.dumps(changed(field, ...)))
 
 
-@pytest.mark.parametrize("path", ["extra", "machine.extra", "setting.extra", "setting.enclave.extra", "interval.extra"])
+@pytest.mark.parametrize(
+    "path", ["extra", "machine.extra", "setting.extra", "setting.enclave.extra", "interval.extra", "digests.extra"]
+)
 def test_an_unknown_field_is_refused(path: str) -> None:
     with pytest.raises(RecordError, match="unknown field"):
         loads(json.dumps(changed(path, 1)))
@@ -106,7 +136,8 @@ def test_an_unknown_field_is_refused(path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("format", "motte-record/2"),
+        ("format", "motte-record/3"),
+        ("format", "motte-record/1"),
         ("value", None),
         ("value", True),
         ("value", "0.25"),
@@ -134,6 +165,12 @@ def test_an_unknown_field_is_refused(path: str) -> None:
         ("setting.enclave", {"kind": "process", "simulated": False}),
         ("setting.enclave", {"kind": "none", "simulated": True}),
         ("setting.enclave", {"kind": "vault", "simulated": True}),
+        ("setting.enclave", {"kind": "gramine-direct", "simulated": False}),
+        ("digests", None),
+        ("digests", {"model": None}),
+        ("digests.model", "a" * 63),
+        ("digests.bundle", "A" * 64),
+        ("digests.bundle", 5),
         ("machine.memory_bytes", 0),
         ("machine.cpu_model", ""),
         ("machine.cpu_model", None),

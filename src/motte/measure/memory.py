@@ -65,7 +65,9 @@ def read_memory(pid: int | None = None, *, proc: Path = _PROC) -> Memory:
             "the process has no memory of its own", where=str(place / "status"), got=f"no {', '.join(missing)}",
             hint="it has ended, or is a kernel thread",
         )  # fmt: skip
-    return Memory(**{name: status[field] for name, field in _STATUS_FIELDS.items()}, pss_bytes=_proportional(place))
+    return Memory(
+        **{name: status[field] for name, field in _STATUS_FIELDS.items()}, pss_bytes=proportional_bytes(place)
+    )
 
 
 def peak_rss_bytes(pid: int | None = None) -> int:
@@ -95,7 +97,11 @@ def reset_peak(pid: int | None = None, *, proc: Path = _PROC) -> None:
         raise ResourceError("the peak of this process cannot be reset", where=str(place), got=str(problem)) from problem
 
 
-def _proportional(place: Path) -> int | None:
+def proportional_bytes(place: Path) -> int | None:
+    """The proportional set size of the process whose folder in /proc is ``place``; None where it is hidden from us.
+
+    The kernel walks all its page tables for it: milliseconds for a large process.
+    """
     try:
         return _sizes((place / "smaps_rollup").read_text(encoding="utf-8", errors="replace")).get("Pss")
     except (OSError, ValueError):

@@ -20,15 +20,21 @@ from motte.measure.clock import Segments
 from motte.measure.machine import Machine, examine_machine
 from motte.measure.provenance import Revision, command_line, package_versions, revision
 
-FORMAT: Final = "motte-record/1"
+FORMAT: Final = "motte-record/2"
+READ_FORMATS: Final = ("motte-record/1", FORMAT)
+"""What the reader takes; the first has no digests."""
 UNITS: Final = ("s", "B", "B/s", "1", "%", "count", "FLOP", "FLOP/s", "1/s", "W", "J")
 """Base units only: no ms beside s, no MiB beside B. ``1`` is a ratio."""
 STATISTICS: Final = ("single", "median", "minimum", "maximum")
-ENCLAVE_KINDS: Final = ("none", "process", "sgx", "tdx", "sev-snp")
-"""``none``: outside of any trusted process, such as the unprotected baseline."""
+ENCLAVE_KINDS: Final = ("none", "process", "gramine-direct", "gramine-sgx", "vm", "sgx", "tdx", "sev-snp")
+"""``none``: outside of any trusted process, such as the unprotected baseline. ``process`` to ``vm``: as the command
+line names them; the last three: of evidence whose way of starting is not known."""
+ALWAYS_SIMULATED: Final = ("process", "gramine-direct")
+"""Kinds without hardware protection, whatever machine they run on."""
 
 Parameter = str | int | float | bool
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _STATISTIC: Final[Mapping[str, Callable[[Sequence[float]], float]]] = {
     "median": statistics.median,
@@ -39,7 +45,7 @@ _STATISTIC: Final[Mapping[str, Callable[[Sequence[float]], float]]] = {
 
 @dataclass(frozen=True)
 class Enclave:
-    """Where the trusted side ran. ``simulated`` = without hardware protection; kind ``process`` always is."""
+    """Where the trusted side ran. ``simulated``: without hardware protection; :data:`ALWAYS_SIMULATED` kinds are."""
 
     kind: str
     simulated: bool
@@ -47,8 +53,10 @@ class Enclave:
     def __post_init__(self) -> None:
         if self.kind not in ENCLAVE_KINDS:
             raise MeasureError("unknown enclave kind", expected=" or ".join(ENCLAVE_KINDS), got=repr(self.kind))
-        if self.kind == "process" and not self.simulated:
-            raise MeasureError("a process without hardware is simulated", expected="simulated", got="not simulated")
+        if self.kind in ALWAYS_SIMULATED and not self.simulated:
+            raise MeasureError(
+                "this kind is always simulated", where=self.kind, expected="simulated", got="not simulated"
+            )
         if self.kind == "none" and self.simulated:
             raise MeasureError("nothing trusted ran, so nothing was simulated", where="enclave kind none")
 
@@ -93,6 +101,26 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Digests:
+    """SHA-256 of what was measured, in lower-case hexadecimal. None: there is none, or it is not known.
+
+    ``model``: of the captured graph's text, the one that a plan names. ``bundle``: of the whole bundle file.
+    """
+
+    model: str | None = None
+    bundle: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "bundle"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and _DIGEST.fullmatch(value)):
+                raise MeasureError("not a SHA-256", where=f"digests.{name}", expected="64 hex digits", got=repr(value))
+
+
+NO_DIGESTS: Final = Digests()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """One figure. Build it with :func:`state`; the numbered rules of docs/spec/records.md hold for every instance.
 
@@ -115,6 +143,7 @@ class Record:
     packages: Mapping[str, str]
     revision: Revision | None
     command: tuple[str, ...]
+    digests: Digests = NO_DIGESTS
     format: str = field(default=FORMAT, init=False)
 
     def __post_init__(self) -> None:
@@ -154,6 +183,7 @@ def state(
     interval: Interval | None = None,
     parameters: Mapping[str, Parameter] | None = None,
     segments: Segments | None = None,
+    digests: Digests = NO_DIGESTS,
 ) -> Record:
     """State one figure, together with the machine, versions, revision, command and time of this process.
 
@@ -177,6 +207,7 @@ def state(
         packages=package_versions(),
         revision=revision(),
         command=command_line(),
+        digests=digests,
     )
 
 

@@ -20,7 +20,20 @@ from motte.limits import (
 from motte.measure.clock import Segments
 from motte.measure.machine import Machine
 from motte.measure.provenance import Revision
-from motte.measure.record import ENCLAVE_KINDS, FORMAT, STATISTICS, UNITS, Enclave, Interval, Parameter, Record, Setting
+from motte.measure.record import (
+    ENCLAVE_KINDS,
+    FORMAT,
+    NO_DIGESTS,
+    READ_FORMATS,
+    STATISTICS,
+    UNITS,
+    Digests,
+    Enclave,
+    Interval,
+    Parameter,
+    Record,
+    Setting,
+)
 from motte.strict_json import Fields, canonical, parse
 
 T = TypeVar("T")
@@ -51,7 +64,7 @@ def loads(line: str | bytes, *, where: str = "record") -> Record:
     fields = Fields(
         parse(line, max_bytes=MAX_RECORD_BYTES, what=where, error=RecordError), where=where, error=RecordError
     )
-    fields.choice("format", (FORMAT,))
+    has_digests = fields.choice("format", READ_FORMATS) == FORMAT
     try:
         record = Record(
             time=_text(fields, "time"),
@@ -65,10 +78,11 @@ def loads(line: str | bytes, *, where: str = "record") -> Record:
             parameters=_read_mapping(fields, "parameters", _read_parameter),
             segments=Segments.from_json(fields.any("segments"), where=f"{where}.segments", error=RecordError),
             setting=_read_setting(fields.fields("setting")),
-            machine=_read_machine(fields.fields("machine")),
+            machine=read_machine(fields.fields("machine")),
             packages=_read_mapping(fields, "packages", _read_text),
-            revision=_optional(fields, "revision", _read_revision),
+            revision=_optional(fields, "revision", read_revision),
             command=tuple(fields.items("command", max_items=MAX_RECORD_ENTRIES, read=_read_text)),
+            digests=_read_digests(fields.fields("digests")) if has_digests else NO_DIGESTS,
         )
     except MeasureError as problem:
         at = where if problem.where is None else f"{where}.{problem.where}"
@@ -185,7 +199,12 @@ def _read_interval(value: object, where: str) -> Interval:
     return found
 
 
-def _read_revision(value: object, where: str) -> Revision:
+def read_revision(value: object, where: str) -> Revision:
+    """A revision out of an **unverified** value.
+
+    Raises:
+        RecordError: malformed.
+    """
     fields = Fields(value, where=where, error=RecordError)
     found = Revision(_text(fields, "commit"), fields.boolean("dirty"))
     fields.done()
@@ -207,7 +226,18 @@ def _read_setting(fields: Fields) -> Setting:
     return found
 
 
-def _read_machine(fields: Fields) -> Machine:
+def _read_digests(fields: Fields) -> Digests:
+    found = Digests(model=_optional(fields, "model", _read_text), bundle=_optional(fields, "bundle", _read_text))
+    fields.done()
+    return found
+
+
+def read_machine(fields: Fields) -> Machine:
+    """The machine's facts out of **unverified** fields, which are then used up.
+
+    Raises:
+        RecordError: malformed.
+    """
     found = Machine(
         cpu_model=_text(fields, "cpu_model"),
         architecture=_text(fields, "architecture"),

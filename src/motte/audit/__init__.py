@@ -1,0 +1,1 @@
+"""Attacks on what left the trusted side, each between a floor and a ceiling."""

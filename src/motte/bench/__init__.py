@@ -1,0 +1,1 @@
+"""One interleaved run of every way to execute a model: cases, results, comparisons."""

@@ -126,6 +126,9 @@ def test_what_is_told_in_the_clear_beside_the_link_is_not_overlooked(make: Make)
         together = spent_privacy(settings, data, place, 8, World(0, 2))
         assert together.epsilon == math.inf
         assert "unencrypted" in together.because
+        attested = spent_privacy(settings, data, place, 8, World(0, 2, attested=True))
+        assert attested.epsilon == math.inf
+        assert "several accelerators" in attested.because
         told = replace(settings, insecure_plaintext_log=True, log_dir=Path("x"))
         assert math.isfinite(spent_privacy(told, data, place, 8, World()).epsilon or math.inf)
         assert spent_privacy(told, replace(data, private=True), place, 8, World()).epsilon == math.inf

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 import threading
 import warnings
@@ -35,6 +34,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.x509.oid import ExtensionOID
 
+from motte.digests import sha256
 from motte.errors import AttestationError, EvidenceError
 from motte.limits import MAX_CERTIFICATE_BYTES, MAX_EVIDENCE_BYTES
 
@@ -95,7 +95,7 @@ class Certificate:
     @property
     def fingerprint(self) -> bytes:
         """SHA-256 of :attr:`der`: 32 bytes."""
-        return hashlib.sha256(self.der).digest()
+        return sha256(self.der)
 
     def extension(self, oid: str) -> bytes | None:
         """The raw value (DER) of the extension with the dotted ``oid`` that ``cryptography`` has no reader for.
@@ -113,6 +113,10 @@ class Certificate:
             if isinstance(each.value, x509.ExtendedKeyUsage):
                 return frozenset(oid.dotted_string for oid in each.value)
         return frozenset()
+
+    def extension_names(self) -> frozenset[str]:
+        """Dotted object identifiers of all its extensions."""
+        return frozenset(each.oid.dotted_string for each in self._extensions)
 
     @property
     def names_a_revocation_list(self) -> bool:
@@ -299,6 +303,18 @@ def verify_chain(
     return tuple(path)
 
 
+def verify_self_signed(certificate: Certificate, *, check: str) -> None:
+    """Return only if ``certificate`` names itself as its issuer and is signed by its own key.
+
+    Raises:
+        AttestationError: it is not.
+    """
+    problem = _issued_by(certificate, certificate)
+    if certificate.subject != certificate.issuer or problem is not None:
+        got = "another issuer" if problem is None else _short(problem)
+        raise AttestationError("not signed by its own key", check=check, where=certificate.where, got=got)
+
+
 def _issuer_of(child: Certificate, candidates: Sequence[Certificate], *, check: str) -> Certificate:
     named = [each for each in candidates if each is not child and each.subject == child.issuer]
     problem: BaseException | None = None
@@ -476,7 +492,7 @@ def _may_sign_lists(each: Certificate) -> bool:
 
 def spki_digest(spki: bytes) -> bytes:
     """SHA-256 of a SubjectPublicKeyInfo in DER: 32 bytes."""
-    return hashlib.sha256(spki).digest()
+    return sha256(spki)
 
 
 def key_kind(spki: bytes, *, where: str, check: str) -> str:

@@ -7,12 +7,14 @@ noise, accelerator or broker gets another digest, and a policy's ``Configuration
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, Final
 
+from motte.digests import sha256
 from motte.errors import InputError
 from motte.limits import MAX_NAME_BYTES, MAX_RELEASE
+from motte.seal.header import BundleHeader
+from motte.seal.keys import SignerPublicKey
 from motte.strict_json import canonical
 
 MAX_RANKS: Final = 65_536
@@ -67,6 +69,44 @@ class RunConfiguration:
         for peer in self.peers:
             _require(0 < len(peer.encode("utf-8", "surrogatepass")) <= MAX_NAME_BYTES, "peers", "names in bounds")
 
+    @staticmethod
+    def of(header: BundleHeader) -> RunConfiguration:
+        """The configuration that the **verified** ``header`` of a bundle names: all runs of one release share it.
+
+        Raises:
+            InputError: the header says nothing of runs; it was sealed without terms.
+        """
+        terms = header.run
+        if terms is None:
+            raise InputError(
+                "this bundle was sealed without the terms of its runs, so that no evidence can speak for one",
+                where=header.bundle_id.hex(),
+                hint="let its owner seal it again with motte seal",
+            )
+        return RunConfiguration(
+            bundle_id=header.bundle_id,
+            release=header.release,
+            signer=header.signer.raw,
+            broker=terms.broker,
+            scheme=terms.scheme,
+            placement=terms.placement,
+            noise=terms.noise,
+            integrity=terms.integrity,
+            peers=terms.peers,
+        )
+
+    def broker_key(self) -> SignerPublicKey:
+        """The key that signs the answers of the broker that the owner named.
+
+        Raises:
+            InputError: the owner named none. FormatError: its key is mistyped.
+        """
+        if not self.broker:
+            raise InputError(
+                "the owner of this bundle named no broker", hint="seal it with --broker, or run it with a recipient key"
+            )
+        return SignerPublicKey.parse(self.broker.rpartition("+")[2])
+
     def fields(self) -> dict[str, Any]:
         """The fields as plain JSON values, for people and for logs."""
         return {
@@ -84,7 +124,7 @@ class RunConfiguration:
 
     def digest(self) -> bytes:
         """32 bytes: SHA-256 of the domain string and the canonical JSON of all fields."""
-        return hashlib.sha256(_DOMAIN + canonical(self.fields())).digest()
+        return sha256(_DOMAIN, canonical(self.fields()))
 
 
 def _require(good: bool, name: str, expected: str) -> None:

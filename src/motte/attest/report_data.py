@@ -7,12 +7,11 @@ docs/spec/evidence.md, R-1 and R-2.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from dataclasses import dataclass
 from typing import Final
 
 from motte.attest.evidence import REPORT_DATA_BYTES
+from motte.digests import sha512
 from motte.errors import AttestationError, EvidenceError
 
 NONCE_BYTES: Final = 32
@@ -33,7 +32,7 @@ def report_data(*, nonce: bytes, public_key: bytes, tls_spki_digest: bytes, conf
     Raises:
         EvidenceError: a field has another length (check R-1).
     """
-    digest = hashlib.sha512(_DOMAIN)
+    pieces = [_DOMAIN]
     for name, value, lengths in (
         ("nonce", nonce, (NONCE_BYTES,)),
         ("public_key", public_key, (PUBLIC_KEY_BYTES,)),
@@ -48,8 +47,8 @@ def report_data(*, nonce: bytes, public_key: bytes, tls_spki_digest: bytes, conf
                 expected=" or ".join(f"{length} bytes" for length in lengths),
                 got=f"{len(value)} bytes",
             )
-        digest.update(len(value).to_bytes(8, "big") + value)
-    return digest.digest()
+        pieces += [len(value).to_bytes(8, "big"), value]
+    return sha512(*pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ class Binding:
             AttestationError: it is not (check R-2): another nonce, key, TLS certificate or configuration.
         """
         expected = self.report_data()
-        if len(found) != REPORT_DATA_BYTES or not hmac.compare_digest(expected, found):
+        if len(found) != REPORT_DATA_BYTES or found != expected:
             raise AttestationError(
                 "the evidence was made for another nonce, key, TLS certificate or configuration",
                 check="R-2",

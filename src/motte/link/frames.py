@@ -23,13 +23,18 @@ from motte.strict_json import Fields, canonical, parse
 
 MAGIC: Final = b"MOTL"
 VERSION: Final = 1
+PROTOCOL: Final = 4
+"""Of what client and worker say in frames, and in which order."""
 HEADER: Final = struct.Struct(">4sBBHQIQ")
+CHANNELS: Final = ("plain", "attested")
+"""Whether frames go through the stream as it is, or through TLS inside of it (docs/spec/attested_channel.md)."""
 SEALED_FLAG: Final = 1
 TAG_BYTES: Final = 16
 
 
 class Kind(IntEnum):
-    """What a frame says. Only OPEN, GRANT, RUN, STATS and TCB go towards the worker."""
+    """What a frame says. HELLO, READY, ANSWER and ERROR go away from the worker, BROKER both ways, all others
+    towards it."""
 
     HELLO = 1
     OPEN = 2
@@ -40,10 +45,12 @@ class Kind(IntEnum):
     STATS = 7
     ERROR = 8
     TCB = 9
+    BUNDLE = 10
+    BROKER = 11
 
 
-CLEAR_KINDS: Final = frozenset({Kind.HELLO, Kind.OPEN, Kind.GRANT, Kind.ERROR})
-"""Kinds that may cross before a session key exists; none of them carries a tensor."""
+CLEAR_KINDS: Final = frozenset({Kind.HELLO, Kind.OPEN, Kind.BUNDLE, Kind.GRANT, Kind.ERROR})
+"""Kinds that may cross before a session key exists; of them BUNDLE alone, which is ciphertext, carries a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +138,7 @@ def decode_header(raw: bytes, *, peer: str) -> FrameHeader:
         raise FrameError("unknown flags", where=peer, got=f"{flags:#x}")
     header = FrameHeader(Kind(kind), bool(flags & SEALED_FLAG), sequence, meta_bytes, body_bytes)
     _bound(header.kind, meta_bytes, body_bytes)
-    if not header.sealed and (header.kind not in CLEAR_KINDS or body_bytes):
+    if not header.sealed and (header.kind not in CLEAR_KINDS or (body_bytes and header.kind is not Kind.BUNDLE)):
         raise FrameError("this kind of frame must be sealed", where=peer, got=header.kind.name)
     return header
 

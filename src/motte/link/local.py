@@ -6,13 +6,13 @@ installed every frame is sealed, with its header as associated data, and a clear
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable
 from typing import Literal
 
 from motte.errors import DecryptError, FrameError, PeerClosed, PeerStalled
 from motte.link.frames import HEADER, Frame, FrameHeader, Kind, decode_header, decode_payload, encode_payload
+from motte.link.standard_streams import ByteStream
 from motte.seal.primitives import ChannelCipher
 
 Direction = Literal["sent", "received"]
@@ -24,16 +24,16 @@ _STEP_BYTES = 4 << 20
 
 
 class Link:
-    """One end of a connected stream socket.
+    """One end of a connected byte stream.
 
     Args:
-        sock: the socket; the link owns it from now on.
+        stream: a connected socket, or what serves as one; the link owns it from now on.
         peer: what the other side is called in errors.
         recorder: sees every frame in both directions, as the host could.
     """
 
-    def __init__(self, sock: socket.socket, *, peer: str, recorder: Recorder | None = None) -> None:
-        self._socket = sock
+    def __init__(self, stream: ByteStream, *, peer: str, recorder: Recorder | None = None) -> None:
+        self._socket = stream
         self._peer = peer
         self._recorder = recorder
         self._sent = 0
@@ -118,6 +118,14 @@ class Link:
         self._received += 1
         view = memoryview(payload)
         return decode_payload(header, bytes(view[: header.meta_bytes]), view[header.meta_bytes :], peer=self._peer)
+
+    def change_stream(self, change: Callable[[ByteStream], ByteStream]) -> None:
+        """Go on over another stream, such as TLS inside of this one. Numbers and session keys go on as they were.
+
+        Args:
+            change: gets the stream of now, between two frames, and gives the one to use; what it raises goes through.
+        """
+        self._socket = change(self._socket)
 
     def close(self) -> None:
         """Close the socket; the peer sees the end of the stream."""

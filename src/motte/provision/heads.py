@@ -12,13 +12,13 @@ entries, and it does not come out. Digests say nothing of what the entries hold.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from motte.digests import sha256
 from motte.errors import HandshakeError, InputError, RollbackError
 from motte.limits import MAX_KEY_WORD_BYTES, MAX_RELEASE
 from motte.provision.statements import check_signed, sign
@@ -57,17 +57,17 @@ class Head:
 
 def start_digest(broker: SignerPublicKey) -> bytes:
     """Head 0 of a broker's log: 32 bytes."""
-    return hashlib.sha256(_START + broker.raw).digest()
+    return sha256(_START, broker.raw)
 
 
 def entry_digest(entry: Mapping[str, Any]) -> bytes:
     """The digest of one entry: 32 bytes."""
-    return hashlib.sha256(_ENTRY + canonical(entry)).digest()
+    return sha256(_ENTRY, canonical(entry))
 
 
 def next_head(head: bytes, digest: bytes) -> bytes:
     """The head after one more entry."""
-    return hashlib.sha256(_HEAD + head + digest).digest()
+    return sha256(_HEAD, head, digest)
 
 
 def read_head(value: Any, broker: SignerPublicKey, *, where: str = "head") -> Head:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from motte.attest.evidence import Evidence
+from motte.digests import sha256
 from motte.errors import FormatError
 from motte.limits import MAX_BROKER_ANSWER_BYTES, MAX_BROKER_REQUEST_BYTES, MAX_EVIDENCE_BYTES, MAX_RELEASE
 from motte.provision.heads import Head, read_head
@@ -39,7 +39,7 @@ _HEADER_DIGEST: Final = b"motte-header-digest-1\x00"
 
 def header_digest(header: BundleHeader) -> bytes:
     """What names one signed header: SHA-256 over the bytes that its signer signed. Two releases never share it."""
-    return hashlib.sha256(_HEADER_DIGEST + front(header.encode())).digest()
+    return sha256(_HEADER_DIGEST, front(header.encode()))
 
 
 @dataclass(frozen=True, slots=True)

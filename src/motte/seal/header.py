@@ -29,6 +29,7 @@ from motte.seal.primitives import (
     TAG_BYTES,
     WRAPPED_KEY_BYTES,
 )
+from motte.seal.run_terms import RunTerms
 from motte.strict_json import Fields, canonical, parse
 
 # As in PNG: a byte above 127, then a line end that a text-mode copy would change.
@@ -91,6 +92,7 @@ class BundleHeader:
     sections: tuple[SectionEntry, ...]
     recipients: tuple[RecipientEntry, ...]
     public_weights: tuple[str, ...]
+    run: RunTerms | None = None
 
     @property
     def parts(self) -> int:
@@ -99,27 +101,26 @@ class BundleHeader:
 
     def encode(self) -> bytes:
         """The canonical JSON that is signed."""
-        return canonical(
-            {
-                "bundle_id": self.bundle_id.hex(),
-                "format": FORMAT,
-                "parts": self.parts,
-                "public_weights": list(self.public_weights),
-                "recipients": [{"key": r.key.raw.hex(), "sealed_kek": r.sealed_kek.hex()} for r in self.recipients],
-                "release": self.release,
-                "sections": [
-                    {
-                        "ciphertext_bytes": s.ciphertext_bytes,
-                        "digest": s.digest.hex(),
-                        "index": s.index,
-                        "plaintext_bytes": s.plaintext_bytes,
-                        "wrapped_key": s.wrapped_key.hex(),
-                    }
-                    for s in self.sections
-                ],
-                "signer": self.signer.raw.hex(),
-            }
-        )
+        fields = {
+            "bundle_id": self.bundle_id.hex(),
+            "format": FORMAT,
+            "parts": self.parts,
+            "public_weights": list(self.public_weights),
+            "recipients": [{"key": r.key.raw.hex(), "sealed_kek": r.sealed_kek.hex()} for r in self.recipients],
+            "release": self.release,
+            "sections": [
+                {
+                    "ciphertext_bytes": s.ciphertext_bytes,
+                    "digest": s.digest.hex(),
+                    "index": s.index,
+                    "plaintext_bytes": s.plaintext_bytes,
+                    "wrapped_key": s.wrapped_key.hex(),
+                }
+                for s in self.sections
+            ],
+            "signer": self.signer.raw.hex(),
+        }
+        return canonical(fields if self.run is None else fields | {"run": self.run.to_json()})
 
 
 def front(encoded_header: bytes) -> bytes:
@@ -221,6 +222,7 @@ def _read_fields(fields: Fields) -> BundleHeader:
         sections=tuple(fields.items("sections", max_items=MAX_PARTS + 1, read=_read_section)),
         recipients=tuple(fields.items("recipients", max_items=MAX_RECIPIENTS, read=_read_recipient)),
         public_weights=tuple(fields.items("public_weights", max_items=MAX_GRAPH_WEIGHTS, read=_read_name)),
+        run=RunTerms.from_json(fields.any("run"), where="header.run") if fields.has("run") else None,
     )
     fields.done()
     if header.parts != parts:

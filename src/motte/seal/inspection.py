@@ -58,6 +58,7 @@ class Inspection:
                 for each in header.sections
             ],
             "public_weights": list(header.public_weights),
+            "run": None if header.run is None else header.run.to_json(),
             "damaged_sections": None if self.damaged_sections is None else list(self.damaged_sections),
         }
 

@@ -13,6 +13,7 @@ from motte.capture.graph import Weight
 from motte.errors import InputError
 from motte.seal.keys import RecipientPublicKey, SignerPrivateKey
 from motte.seal.manifest import LaidOutPart, Manifest, dumps, lay_out_parts
+from motte.seal.run_terms import RunTerms
 from motte.seal.writer import SealReport, write_bundle
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def seal_model(
     recipients: Sequence[RecipientPublicKey],
     signer: SignerPrivateKey,
     public_weights: Sequence[str] = (),
+    run: RunTerms | None = None,
     threads: int = 1,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -88,6 +90,7 @@ def seal_model(
     Args:
         weights: the captured tensors by name, as the graph's ``weights`` list them (untiled).
         public_weights: names that the signed header marks as allowed to leave the trusted side; none by default.
+        run: the terms of its runs, as :func:`motte.seal.run_terms.terms_of` makes them from the plan.
 
     Raises:
         InputError: a weight that is missing, or a public name that the model does not have.
@@ -104,6 +107,7 @@ def seal_model(
         recipients=recipients,
         signer=signer,
         public_weights=public_weights,
+        run=run,
         threads=threads,
         overwrite=overwrite,
         progress=progress,

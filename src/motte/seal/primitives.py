@@ -201,7 +201,7 @@ def new_x25519() -> tuple[bytes, bytes]:
     return private, x25519_public(private)
 
 
-def x25519_public(private: bytes) -> bytes:
+def x25519_public(private: bytes | memoryview) -> bytes:
     """The public key of a private one."""
     key = X25519PrivateKey.from_private_bytes(private).public_key()
     return key.public_bytes_raw()
@@ -234,7 +234,7 @@ def hpke_seal(public: bytes, plaintext: bytes, *, info: bytes) -> bytes:
         raise InputError("nothing can be sealed to this public key", got=public.hex()) from problem
 
 
-def hpke_open(private: bytes, sealed: bytes, *, info: bytes) -> bytes:
+def hpke_open(private: bytes | memoryview, sealed: bytes, *, info: bytes) -> bytes:
     """Decrypt what :func:`hpke_seal` made for our key and the same ``info``. ``sealed`` is **unverified**.
 
     Raises:

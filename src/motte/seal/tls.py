@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
-import hmac
 import os
 import ssl
 from collections.abc import Iterator, Sequence
@@ -23,8 +21,10 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import NameOID
 
+from motte.digests import sha256
 from motte.errors import InputError, SignatureError
 from motte.limits import MAX_CERTIFICATE_BYTES
 from motte.seal.atomic import atomic_file
@@ -71,6 +71,10 @@ class TlsIdentity:
             ),
         )
 
+    def der(self) -> bytes:
+        """The certificate in DER."""
+        return x509.load_pem_x509_certificate(self.certificate).public_bytes(serialization.Encoding.DER)
+
     def save(self, certificate: Path, key: Path) -> None:
         """Into two files; the key's is readable by its owner alone. Nothing is overwritten.
 
@@ -102,6 +106,56 @@ class TlsIdentity:
         made = TlsIdentity(_read(certificate), _read(key))
         _pin_of_pem(made.certificate, where=str(certificate))
         return made
+
+
+@dataclass(frozen=True, slots=True)
+class TlsKey:
+    """A private key that has no certificate yet: evidence about its public half has to be made first.
+
+    P-384, because other implementations of RA-TLS take no other curve.
+
+    Attributes:
+        spki_digest: SHA-256 of the SubjectPublicKeyInfo (DER): 32 bytes.
+    """
+
+    spki_digest: bytes
+    _private: ec.EllipticCurvePrivateKey = field(repr=False)
+
+    @staticmethod
+    def new() -> TlsKey:
+        """A new key."""
+        private = ec.generate_private_key(ec.SECP384R1())
+        return TlsKey(_spki_digest(private.public_key()), private)
+
+    def certify(
+        self, name: str, *, extension: tuple[str, bytes], begin: datetime.datetime, end: datetime.datetime
+    ) -> TlsIdentity:
+        """A self-signed certificate of this key, in force from ``begin`` to ``end`` (aware).
+
+        Args:
+            extension: dotted object identifier and value of one more extension; not critical, since TLS libraries
+                refuse critical ones that they do not know.
+        """
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        oid, value = extension
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(subject)
+            .public_key(self._private.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(begin)
+            .not_valid_after(end)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value), critical=False)
+            .sign(self._private, hashes.SHA384())
+        )
+        return TlsIdentity(
+            certificate.public_bytes(serialization.Encoding.PEM),
+            self._private.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            ),
+        )
 
 
 def read_certificate(path: Path) -> bytes:
@@ -151,6 +205,26 @@ def server_context(identity: TlsIdentity, *, clients: Sequence[bytes] = ()) -> s
     return context
 
 
+def attested_server_context(identity: TlsIdentity, *, client: bytes | None = None) -> ssl.SSLContext:
+    """TLS 1.3 without resumption, so that every connection has evidence of its own.
+
+    Args:
+        client: the certificate (DER) whose holder alone completes the handshake; None: nobody is asked for one.
+
+    Raises:
+        SignatureError: ``client`` cannot be read.
+    """
+    context = server_context(identity)
+    context.num_tickets = 0
+    if client is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(cadata=client)
+        except (ssl.SSLError, ValueError) as problem:
+            raise SignatureError("the certificate cannot be read", got=str(problem)[:120]) from problem
+    return context
+
+
 def pins_of(certificates: Sequence[bytes]) -> list[bytes]:
     """The pins of certificates in PEM."""
     return [_pin_of_pem(each) for each in certificates]
@@ -169,7 +243,7 @@ def pin_of_peer(sock: ssl.SSLSocket, *, demanded: Sequence[bytes], where: str) -
         got = _pin(x509.load_der_x509_certificate(der))
     except ValueError as problem:
         raise SignatureError("the certificate cannot be read", where=where) from problem
-    if not any(hmac.compare_digest(got, each) for each in demanded):
+    if not any(got == each for each in demanded):
         raise SignatureError(
             "the other side holds another key than the pinned one",
             where=where,
@@ -181,10 +255,12 @@ def pin_of_peer(sock: ssl.SSLSocket, *, demanded: Sequence[bytes], where: str) -
 
 
 def _pin(certificate: x509.Certificate) -> bytes:
-    spki = certificate.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return hashlib.sha256(spki).digest()
+    return _spki_digest(certificate.public_key())
+
+
+def _spki_digest(key: CertificatePublicKeyTypes) -> bytes:
+    spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return sha256(spki)
 
 
 def _pin_of_pem(pem: bytes, *, where: str | None = None) -> bytes:

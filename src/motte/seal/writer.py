@@ -33,6 +33,7 @@ from motte.seal.header import (
 )
 from motte.seal.keys import RecipientPublicKey, SignerPrivateKey
 from motte.seal.pool import Progress, check_threads, for_each_chunk
+from motte.seal.run_terms import RunTerms
 
 _CHUNK_CIPHERTEXT_BYTES: Final = CHUNK_BYTES + primitives.TAG_BYTES
 
@@ -115,6 +116,7 @@ def write_bundle(
     recipients: Sequence[RecipientPublicKey],
     signer: SignerPrivateKey,
     public_weights: Sequence[str] = (),
+    run: RunTerms | None = None,
     inputs: Sequence[Path] = (),
     threads: int = 1,
     overwrite: bool = False,
@@ -127,6 +129,7 @@ def write_bundle(
         manifest: opaque; becomes section 0.
         recipients: who can open it; at least one. Order and repetitions do not matter.
         public_weights: names that the signed header marks as public. Everything is encrypted all the same.
+        run: the terms of its runs, signed in clear; without them no key broker can release its keys.
         inputs: files that the content is read from; refused as ``path``.
         threads: chunks sealed at a time.
         progress: given plaintext bytes, the manifest's included.
@@ -145,7 +148,7 @@ def write_bundle(
 
     bundle_id = primitives.random_bytes(primitives.BUNDLE_ID_BYTES)
     data_keys = [primitives.random_bytes(primitives.KEY_BYTES) for _ in sizes]
-    blank = _blank_header(bundle_id, release, signer, sizes, people, names)
+    blank = _blank_header(bundle_id, release, signer, sizes, people, names, run)
     encoded_bytes = _checked_length(blank)
     offsets = section_offsets(blank, encoded_bytes)
     with atomic_file(path, overwrite=overwrite) as fd:
@@ -211,6 +214,7 @@ def _blank_header(
     sizes: tuple[int, ...],
     people: tuple[RecipientPublicKey, ...],
     names: tuple[str, ...],
+    run: RunTerms | None,
 ) -> BundleHeader:
     """The header with zeros for what is not known yet; all of that has a fixed length, so its length is final."""
     digest, wrapped = bytes(primitives.DIGEST_BYTES), bytes(primitives.WRAPPED_KEY_BYTES)
@@ -218,7 +222,7 @@ def _blank_header(
         SectionEntry(index, size, ciphertext_bytes(size), digest, wrapped) for index, size in enumerate(sizes)
     )
     entries = tuple(RecipientEntry(key, bytes(SEALED_KEK_BYTES)) for key in people)
-    return BundleHeader(bundle_id, release, signer.public, sections, entries, names)
+    return BundleHeader(bundle_id, release, signer.public, sections, entries, names, run)
 
 
 def _checked_length(header: BundleHeader) -> int:
@@ -310,7 +314,7 @@ def with_keys(
     )
     info = primitives.kek_info(bundle_id, release)
     entries = tuple(RecipientEntry(key, primitives.hpke_seal(key.raw, kek, info=info)) for key in people)
-    return BundleHeader(bundle_id, release, header.signer, sections, entries, header.public_weights)
+    return BundleHeader(bundle_id, release, header.signer, sections, entries, header.public_weights, header.run)
 
 
 def write_front(fd: int, header: BundleHeader, signer: SignerPrivateKey, expected_bytes: int) -> None:

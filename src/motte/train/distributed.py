@@ -2,9 +2,11 @@
 
     torchrun --nproc-per-node 2 -m motte train --insecure-plaintext-collectives ...
 
-Gradients are averaged over gloo, **unencrypted**: who sees the network between the processes sees sums over each
-process's records. So a run is refused unless it says ``insecure_plaintext_collectives``. Only tensors of numbers cross;
-torch's collectives of objects, which unpickle, are not used.
+Gradients are averaged over attested channels (:mod:`motte.train.attested_star`), each process having proved itself to
+process 0 and process 0 to it; or over gloo, **unencrypted**: who sees the network between the processes sees sums over
+each process's records. So without one of the two a run is refused: :class:`AttestedCollectives`, or the word
+``insecure_plaintext_collectives``. Only tensors of numbers cross; torch's collectives of objects, which unpickle, are
+not used.
 
 The sum of pieces equals the whole to rounding, but for layers that couple the samples of a batch: BatchNorm takes the
 statistics of each process's own piece (torch's SyncBatchNorm needs CUDA).
@@ -25,6 +27,8 @@ from motte.errors import LinkError, SettingError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from motte.train.attested_star import AttestedCollectives
+
 _TIMEOUT_S: Final = 1800.0
 """How long one process waits for the others at a collective."""
 _WHOLE: Final = re.compile(r"[0-9]{1,6}")
@@ -33,10 +37,14 @@ _PEER_WORDS: Final = ("gloo", "Connection reset", "Connection closed", "connecti
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of a run: this one is ``rank``, 0 to ``size - 1``. Alone, nothing is sent."""
+    """The processes of a run: this one is ``rank``, 0 to ``size - 1``. Alone, nothing is sent.
+
+    ``attested``: what crosses between them does so over attested channels.
+    """
 
     rank: int = 0
     size: int = 1
+    attested: bool = False
 
     @property
     def main(self) -> bool:
@@ -76,7 +84,8 @@ class World:
         return found
 
     def from_main(self, data: bytes) -> bytes:
-        """What process 0 has as ``data``; the others give as many bytes of their own. **Crosses in the clear.**
+        """What process 0 has as ``data``; the others give as many bytes of their own. **Crosses in the clear**, unless
+        the world was opened with attested collectives.
 
         Raises:
             LinkError: another process ended.
@@ -121,18 +130,32 @@ class World:
 
 @contextlib.contextmanager
 def open_world(
-    *, insecure_plaintext_collectives: bool, environment: Mapping[str, str] | None = None
+    *,
+    insecure_plaintext_collectives: bool,
+    attested: AttestedCollectives | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[World]:
     """The world that torchrun started us in; alone when it did not.
 
+    Args:
+        attested: how the processes meet and prove themselves. The number of processes that it states must be ours.
+
     Raises:
-        SettingError: several processes without ``insecure_plaintext_collectives``, or an environment that is not one
-            of torchrun. LinkError: they cannot find each other.
+        SettingError: several processes with neither ``attested`` nor ``insecure_plaintext_collectives``, or with both,
+            or an environment that is not one of torchrun.
+        AttestationError: a process did not prove itself, or the places are not those of the signed configuration.
+        LinkError: they cannot find each other.
     """
+    if attested is not None and insecure_plaintext_collectives:
+        raise SettingError("collectives are attested or plaintext, not both", where="insecure_plaintext_collectives")
     given = os.environ if environment is None else environment
     size, rank = _number(given, "WORLD_SIZE", 1), _number(given, "RANK", 0)
     if size < 1 or not rank < size:
         raise SettingError("not a place in a world", where="RANK, WORLD_SIZE", got=f"{rank} of {size}")
+    if attested is not None:
+        with _attested_world(attested, rank, size) as world:
+            yield world
+        return
     if size == 1:
         yield World()
         return
@@ -140,7 +163,8 @@ def open_world(
         raise SettingError(
             "gradients between the trusted processes would cross the host's network unencrypted",
             where=f"{size} processes",
-            hint="run one process, or say --insecure-plaintext-collectives if everybody on that network may see them",
+            hint="run one process, give attested collectives, or say --insecure-plaintext-collectives if everybody on "
+            "that network may see them",
         )
     from torch import distributed
 
@@ -155,6 +179,23 @@ def open_world(
         yield World(rank, size)
     finally:
         distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _attested_world(attested: AttestedCollectives, rank: int, size: int) -> Iterator[World]:
+    from motte.train.attested_star import open_star
+
+    with open_star(attested, rank=rank, size=size, timeout_s=_TIMEOUT_S) as star:
+        if size == 1:
+            yield World()
+            return
+        from motte.train.star_group import leave_star, use_star
+
+        use_star(star)
+        try:
+            yield World(rank, size, attested=True)
+        finally:
+            leave_star()
 
 
 def own_address(address: str, world: World) -> str:

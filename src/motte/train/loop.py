@@ -58,7 +58,12 @@ def train(
     """
     check_record(settings)
     with contextlib.ExitStack() as stack:
-        world = stack.enter_context(open_world(insecure_plaintext_collectives=settings.insecure_plaintext_collectives))
+        world = stack.enter_context(
+            open_world(
+                insecure_plaintext_collectives=settings.insecure_plaintext_collectives,
+                attested=settings.attested_collectives,
+            )
+        )
         threads = resolved_threads(settings, world)
         stack.enter_context(_arithmetic(threads, settings.seed + world.rank))
         data = stack.enter_context(open_training_data(settings))

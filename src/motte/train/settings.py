@@ -29,6 +29,7 @@ from motte.offload.words import NOISE_FORM
 
 if TYPE_CHECKING:
     from motte.seal.keys import RecipientPrivateKey, RecipientPublicKey, SignerPrivateKey, SignerPublicKey
+    from motte.train.attested_star import AttestedCollectives
 
 SchemeName = Literal["asymmetric", "trusted", "accelerator", "lowrank", "residual"]
 SchedulerName = Literal["cos", "step"]
@@ -98,6 +99,7 @@ class TrainSettings:
         profile: the timeline of every layer too.
         record: a file of records (docs/spec/records.md) to which the results are added.
         insecure_plaintext_collectives: gradients between trusted processes may cross the host's network unencrypted.
+        attested_collectives: or how the trusted processes meet over attested channels.
 
     Raises:
         SettingError: a value out of range, or two that contradict each other.
@@ -154,6 +156,7 @@ class TrainSettings:
     profile: bool = False
     record: Path | None = None
     insecure_plaintext_collectives: bool = False
+    attested_collectives: AttestedCollectives | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _one_of("scheme", self.scheme, SCHEMES)

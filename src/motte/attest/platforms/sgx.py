@@ -14,7 +14,6 @@ from typing import Any, Final
 from motte.attest.anchors import Anchors
 from motte.attest.claims import Claims
 from motte.attest.evidence import REPORT_DATA_BYTES, Evidence
-from motte.attest.platforms.dcap import SGX, verify_quote
 from motte.errors import InputError, ResourceError
 from motte.limits import KIB
 
@@ -69,6 +68,9 @@ def verify(evidence: Evidence, anchors: Anchors, now: datetime) -> Claims:
         AttestationError: it does not verify (G-2 to G-14); a debug enclave is refused here already (G-12).
         ResourceError: collateral was to be fetched, and could not be.
     """
+    # Here and not above: whoever only issues evidence, in the enclave, loads none of it.
+    from motte.attest.platforms.dcap import SGX, verify_quote
+
     facts = verify_quote(evidence, anchors, now, SGX)
     report = facts.report
     attributes = bytes.fromhex(report["attributes"])

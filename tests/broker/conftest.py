@@ -87,8 +87,11 @@ class Place:
         header = self.header(path)
         given = {"model": "model", "policy": "development", "configurations": (self.configuration(header),), **other}
         made = Registration(header=header, **given)
-        enroll.register(self.broker, made, self.broker.recipient)
+        self.register_made(made)
         return made
+
+    def register_made(self, made: Registration) -> None:
+        enroll.register(self.broker, made, self.broker.recipient)
 
     def issue(self, **other: object) -> Callable[[bytes], Evidence]:
         given = {"private": self.development_key, "measurement": MEASUREMENT, **other}

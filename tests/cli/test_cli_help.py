@@ -35,7 +35,10 @@ def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, A
 COMMANDS = dict(commands(typer.main.get_command(root.app)))
 VERBS = sorted(name for name, command in COMMANDS.items() if name and not getattr(command, "commands", {}))
 
-GROUPS = ("zoo", "keys", "recipients", "accelerator", "broker", "broker policy", "broker audit", "enclave")
+GROUPS = (
+    "zoo", "keys", "recipients", "accelerator", "broker", "broker policy", "broker audit", "enclave",
+    "attest", "attest tpm", "attest simulated",
+)  # fmt: skip
 
 
 def options_of(command: Any) -> frozenset[str]:
@@ -55,7 +58,9 @@ def test_these_are_the_verbs() -> None:
         "accelerator serve",
         "accelerator cert",
         *(f"broker {verb}" for verb in ("init", "serve", "add", "revoke", "rotate", "backup", "restore")),
-        *(f"enclave {verb}" for verb in ("build", "check", "measure")),
+        *(f"enclave {verb}" for verb in ("build", "check", "measure", "configure", "run")),
+        *(f"attest {verb}" for verb in ("evidence", "verify", "simulated new-key", "simulated measure")),
+        *(f"attest tpm {verb}" for verb in ("request", "enroll", "activate")),
         "broker policy check",
         "broker policy set",
         "broker audit verify",

@@ -44,7 +44,9 @@ def test_the_container_holds_the_image_and_its_one_command() -> None:
     assert "FROM scratch" in lines
     command = json.loads(next(line for line in lines if line.startswith("ENTRYPOINT")).partition(" ")[2])
     assert command[0] == "/usr/bin/python3"
-    assert command[-8:] == ["--fd", "0", "--threads", "3", "--engine", "onnxruntime", "--precision", "f32"]
+    assert command[-10:] == [
+        "--fd", "0", "--threads", "3", "--engine", "onnxruntime", "--precision", "f32", "--enclave", "process",
+    ]  # fmt: skip
     assert "USER 65534:65534" in lines
     assert container.ignore_file() == "*\n!root\n"
 

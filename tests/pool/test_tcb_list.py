@@ -31,9 +31,9 @@ OURS = {
     "motte.engines", "motte.engines.checks", "motte.engines.interface", "motte.engines.numpy_arrays",
     "motte.engines.onnxruntime_engine", "motte.engines.select", "motte.engines.settled",
     "motte.linear", "motte.linear.nodes", "motte.linear.operation",
-    "motte.link", "motte.link.frames", "motte.link.local",
+    "motte.link", "motte.link.frames", "motte.link.local", "motte.link.standard_streams",
     "motte.lower", "motte.lower.lowered",
-    "motte.measure", "motte.measure.memory",
+    "motte.measure", "motte.measure.memory", "motte.measure.self_report",
     "motte.offload", "motte.offload.graph_layers", "motte.offload.placement", "motte.offload.settings",
     "motte.plan", "motte.plan.costs", "motte.plan.flops", "motte.plan.linear_nodes", "motte.plan.lines",
     "motte.plan.offload", "motte.plan.offload_text", "motte.plan.plan", "motte.plan.rules", "motte.plan.storage",
@@ -41,10 +41,12 @@ OURS = {
     "motte.provision", "motte.provision.grant",
     "motte.seal", "motte.seal.atomic", "motte.seal.checks", "motte.seal.header", "motte.seal.keys", "motte.seal.kinds",
     "motte.seal.manifest", "motte.seal.pool", "motte.seal.primitives", "motte.seal.reader",
+    "motte.seal.run_terms",
     "motte.split", "motte.split.chain", "motte.split.layout", "motte.split.split",
-    "motte.trusted", "motte.trusted.__main__", "motte.trusted.arena", "motte.trusted.execution",
+    "motte.trusted", "motte.trusted.__main__", "motte.trusted.arena", "motte.trusted.bundle_arrival",
+    "motte.trusted.execution",
     "motte.trusted.harden", "motte.trusted.kernel", "motte.trusted.landlock", "motte.trusted.seccomp",
-    "motte.trusted.secret_memory", "motte.trusted.tcb", "motte.trusted.weights", "motte.trusted.worker",
+    "motte.trusted.secret_memory", "motte.trusted.surroundings", "motte.trusted.tcb", "motte.trusted.weights", "motte.trusted.worker",
 }  # fmt: skip
 MAX_FILE_BYTES = 110_000_000
 """Without symbols and debug information: some builds of Python carry 20 MB of them, which no process maps."""

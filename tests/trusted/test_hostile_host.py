@@ -27,6 +27,7 @@ from motte.errors import (
 )
 from motte.seal.keys import RecipientPrivateKey, SignerPrivateKey
 
+PLAIN = {"keys": "recipient", "channel": "plain"}
 X = torch.zeros(1, 3, 16, 16)
 
 
@@ -139,7 +140,7 @@ def test_another_bundle_at_the_same_path_does_not_open_with_this_grant(sealed, s
     from motte.enclave.process import WorkerProcess
     from motte.link.frames import Frame, Kind
     from motte.provision.grant import make_grant
-    from motte.run.model import _open_meta
+    from motte.run.model import _open_meta, offer_bundle
     from motte.run.settings import LoadSettings
     from motte.run.told import reported
     from motte.seal.reader import open_bundle
@@ -150,8 +151,13 @@ def test_another_bundle_at_the_same_path_does_not_open_with_this_grant(sealed, s
     worker = WorkerProcess(threads=1)
     try:
         grant, _ = make_grant(kek, worker.hello.public_key, bundle_id=header.bundle_id, release=header.release)
-        meta = _open_meta(other.path, other.signer.public, LoadSettings(threads=1))
-        worker.send(Frame(Kind.OPEN, meta), timeout_s=30)
+        settings = LoadSettings(threads=1)
+        offer_bundle(
+            worker,
+            other.path,
+            _open_meta(other.signer.public, settings, PLAIN),
+            settings,
+        )
         worker.send(Frame(Kind.GRANT, {"sealed": grant.hex()}), timeout_s=30)
         problem, fatal = reported(worker.receive(timeout_s=60))
     finally:
@@ -179,14 +185,19 @@ def test_the_worker_takes_no_order_out_of_turn(sealed) -> None:
 def test_a_grant_that_is_none_is_refused(sealed, sealed_grant: object) -> None:
     from motte.enclave.process import WorkerProcess
     from motte.link.frames import Frame, Kind
-    from motte.run.model import _open_meta
+    from motte.run.model import _open_meta, offer_bundle
     from motte.run.settings import LoadSettings
     from motte.run.told import reported
 
     worker = WorkerProcess(threads=1)
     try:
-        meta = _open_meta(sealed.path, sealed.signer.public, LoadSettings(threads=1))
-        worker.send(Frame(Kind.OPEN, meta), timeout_s=30)
+        settings = LoadSettings(threads=1)
+        offer_bundle(
+            worker,
+            sealed.path,
+            _open_meta(sealed.signer.public, settings, PLAIN),
+            settings,
+        )
         worker.send(Frame(Kind.GRANT, {"sealed": sealed_grant}), timeout_s=30)
         problem, fatal = reported(worker.receive(timeout_s=60))
     finally:
@@ -223,7 +234,7 @@ def test_the_worker_is_hardened_and_keeps_its_own_threads(sealed) -> None:
         assert core.split()[4:6] == ["0", "0"]
         status = (proc / "status").read_text()
         assert "NoNewPrivs:\t1" in status
-        assert not model._worker.hello.dumpable
+        assert not model._worker.hello.hardening.dumpable
         assert model._worker.hello.threads == 1
         if os.geteuid() == 0:
             environment = (proc / "environ").read_bytes()

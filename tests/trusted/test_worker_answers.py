@@ -174,7 +174,8 @@ def test_times_are_apart(sealed) -> None:
             "key release",
             "open and load",
         ]
-        assert set(model.worker_seconds) == {"verify", "open", "load"}
+        assert set(model.worker_seconds) == {"attest", "verify", "open", "load"}
+        assert model.worker_seconds["attest"] == 0.0
         assert sum(model.worker_seconds.values()) <= segments["open and load"].seconds
         answered = model.run([to_wire(np.zeros((1, 3, 16, 16), np.float32), where="x")])
         # What a call reports began after the parts were open, and holds neither start nor opening.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from motte.cli import enclave_script
 from motte.cli.options import private_key, public_key
 from motte.cli.output import Column, Line, Output, table
 from motte.cli.verb import FAILED, verb
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from motte.enclave.sizes import Line as SizeLine
     from motte.enclave.sizes import ModelNeed
 
-app = typer.Typer(help="Make, check and measure closed images of the trusted worker.")
+app = typer.Typer(help="Make, check and measure closed images of the trusted worker; run scripts in enclaves.")
+app.command("configure")(verb(enclave_script.configure))
+app.command("run")(verb(enclave_script.run))
 _MB = 1e6
 _MIB = 1 << 20
 
@@ -29,6 +32,7 @@ _MIB = 1 << 20
 def build(
     out: Output,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="New folder for the image.")],
+    of_script: enclave_script.ScriptOptions,
     bundle: Annotated[
         Path | None, typer.Argument(metavar="[BUNDLE]", help="The enclave is made large enough for this model.")
     ] = None,
@@ -39,7 +43,7 @@ def build(
         Path | None, typer.Option("--key", metavar="FILE", help="A recipient's key that opens BUNDLE.")
     ] = None,
     signer: Annotated[
-        str | None, typer.Option("--signer", metavar="SIGNER", help="Who must have signed BUNDLE.")
+        str | None, typer.Option("--signer", metavar="SIGNER", help="Who must have signed BUNDLE, or a script's run.")
     ] = None,
     batch: Annotated[
         int | None, typer.Option("--batch", metavar="N", min=1, help="Largest batch that fits. (default: as planned)")
@@ -59,7 +63,7 @@ def build(
         str | None, typer.Option("--shared-memory", metavar="NAME", help="A file of /dev/shm to an accelerator.")
     ] = None,
 ) -> None:
-    """Make a closed image: exactly the interpreter, packages and files that the worker loads.
+    """Make a closed image: exactly the interpreter, packages and files that the worker, or a script, loads.
 
     A worker is run to see what it loads, and the image is run alone to see that nothing is missing. The enclave's size
     is computed for BUNDLE, or else for the shipped model. The same inputs give the same image, byte for byte.
@@ -68,6 +72,12 @@ def build(
     from motte.doctor.image_build import build as build_image
     from motte.enclave.manifest import Choices
 
+    if of_script.script is not None:
+        refused = {"BUNDLE": bundle, "--engine": engine, "--key": key, "--batch": batch, "--enclave-mib": enclave_mib}
+        choices = Choices(threads=threads, edmm=edmm, product=product, svn=svn, shared_memory=shared_memory)
+        enclave_script.build(out, output, of_script, signer, choices, slim=slim, refused=refused)
+        return
+    of_script.refuse_without_script()
     chosen = engine or "onnxruntime"
     need = _need(bundle, key, signer, chosen, batch)
     choices = Choices(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.table import Table
 
+    from motte.attest.verify import Verdict
     from motte.run.answers import Answer
     from motte.run.model import Model
     from motte.run.settings import LoadSettings
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _OPENED = "open and load"
 _INSIDE = {
+    "attest": "evidence made and proved, data keys released",
     "verify": "keys opened to graph read and checked",
     "open": "to parts decrypted and authenticated",
     "load": "to programs compiled",
@@ -83,7 +85,7 @@ def report_json(
         "bundle": str(bundle),
         "model": model.signature.model,
         "weights_origin": model.signature.weights_origin,
-        "enclave": "process",
+        "enclave": model.enclave,
         "simulated": model.simulated,
         "protection": SIMULATED if model.simulated else "hardware",
         "engine": {
@@ -112,6 +114,14 @@ def report_json(
             "seconds": found.steady_s,
         },
         "memory": dict(memory),
+        "hardening": model.hardening.to_json(),
+        "verified": None
+        if model.verdict is None
+        else {
+            "platform": model.verdict.claims.platform,
+            "simulated": model.verdict.claims.simulated,
+            "measurements": dict(model.verdict.claims.measurements),
+        },
         "activation_peak_bytes": found.activation_peak_bytes,
     }
 
@@ -134,10 +144,26 @@ def show_report(
         *((title, _size(memory[name])) for name, title in _MEMORY.items() if name in memory),
         ("activations, at most", f"{bytes_text(found.activation_peak_bytes)}, computed for the largest batch run"),
         ("weights locked in RAM", "yes" if memory.get("weights_locked") else "no: the system may swap them out"),
-        ("protection", f"{SIMULATED} (enclave kind: process)" if model.simulated else "hardware"),
+        ("weights out of direct reach", _secret(memory)),
+        *([] if model.verdict is None else [("evidence", verdict_line(model.verdict))]),
+        ("protection", f"{SIMULATED} (enclave kind: {model.enclave})" if model.simulated else f"{model.enclave}"),
     ]
     shown.append(table((Column("worker", keep=True), Column("")), facts))
     return shown
+
+
+def verdict_line(verdict: Verdict) -> str:
+    """One line: what the worker proved, and by what."""
+    claims = verdict.claims
+    measured = ", ".join(f"{name} {value[:16]}..." for name, value in list(claims.measurements.items())[:2])
+    return f"verified: {claims.platform}, {measured}" + (" (SIMULATED)" if claims.simulated else "")
+
+
+def _secret(memory: Mapping[str, Any]) -> str:
+    held, secret = memory["weight_arena_bytes"], memory["weight_secret_bytes"]
+    if secret == held:
+        return "all that are opened (memfd_secret); not an engine's copies of them"
+    return f"{bytes_text(secret)} of {bytes_text(held)} (memfd_secret)"
 
 
 def _size(count: int | None) -> str:
@@ -178,7 +204,7 @@ def _times(model: Model, found: Measured) -> Table:
             rows += [
                 (f"  {name}", seconds_text(model.worker_seconds[name]), f"in the worker: {until}")
                 for name, until in _INSIDE.items()
-                if name in model.worker_seconds
+                if model.worker_seconds.get(name)
             ]
     rows.append(("between these", seconds_text(segments.unaccounted_s), "reading the inputs"))
     rows.append(

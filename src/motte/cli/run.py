@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from motte.cli.options import parse_size, private_key, public_key
+from motte.cli.anchoring import AnchorOptions
+from motte.cli.attest_tpm import TpmOptions
+from motte.cli.options import parse_size, public_key
 from motte.cli.output import Line, Output, bytes_text
+from motte.cli.releasing import EnclaveOptions, ReleaseOptions
 from motte.cli.report import Measured, engine_line, report_json, show_report
 from motte.cli.verb import verb
 from motte.errors import InputError, SettingError
@@ -20,6 +23,8 @@ from motte.limits import MAX_RELEASE
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from motte.enclave.host_service import Issue
+    from motte.provision.address import BrokerAddress
     from motte.run.inputs import InputItem
     from motte.run.model import Model
     from motte.run.pool import PooledModel
@@ -39,9 +44,6 @@ _FIRST = {"since": "inputs joined to a batch", "until": "answer received"}
 def run(
     out: Output,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A file of `motte seal`.")],
-    key: Annotated[
-        Path, typer.Option("--key", metavar="FILE", rich_help_panel=_TRUST, help="File of a recipient's private key.")
-    ],
     signer: Annotated[
         str,
         typer.Option(
@@ -51,6 +53,10 @@ def run(
             help="Demanded signer: motte-signer-1-..., or a .pub file.",
         ),
     ],
+    release: ReleaseOptions,
+    tpm: TpmOptions,
+    given_roots: AnchorOptions,
+    where: EnclaveOptions,
     inputs: Annotated[
         list[Path] | None,
         typer.Option(
@@ -190,7 +196,7 @@ def run(
     """Answer inputs with a sealed model, in a trusted worker that ends with this command."""
     import motte
     from motte.run.settings import LoadSettings
-    from motte.seal.keys import RecipientPrivateKey, SignerPublicKey
+    from motte.seal.keys import SignerPublicKey
 
     given = _given(inputs, text)
     if save is not None and not overwrite and os.path.lexists(save):
@@ -209,18 +215,27 @@ def run(
         accelerator=accelerator,
         engine=engine,
         precision=precision,
+        enclave=where.enclave,
+        image=where.image,
+        vm=where.vm,
     )
     if pool is not None and accelerator is not None:
         raise SettingError("a worker of a pool is started without an accelerator", got="--pool with --accelerator")
-    private = private_key(key, RecipientPrivateKey, option="--key")
+    if pool is not None and where.enclave != "process":
+        raise SettingError("a pool starts processes", got=f"--pool with --enclave {where.enclave}")
+    keys, issue, verifier = release.keys(), release.issuer(tpm), release.verifier(given_roots)
+    if pool is not None and verifier is not None:
+        raise SettingError("a pool verifies no evidence", got="--pool with --verify")
     demanded = public_key(signer, SignerPublicKey, option="--signer")
     with ExitStack() as stack:
         opened: Model | PooledModel
         if pool is None:
             with out.progress(f"starting the worker and opening {bundle.name}"):
-                opened = stack.enter_context(motte.load(bundle, keys=private, signer=demanded, settings=settings))
+                opened = stack.enter_context(
+                    motte.load(bundle, keys=keys, signer=demanded, settings=settings, issue=issue, verifier=verifier)
+                )
         else:
-            opened = stack.enter_context(_pooled(out, bundle, pool, settings, private, demanded))
+            opened = stack.enter_context(_pooled(out, bundle, pool, settings, keys, demanded, issue))
         model = opened if isinstance(opened, motte.Model) else opened.model
         out.note(engine_line(model.engine))
         if model.offload is not None and model.offload.accelerator is None:
@@ -246,8 +261,9 @@ def _pooled(
     bundle: Path,
     size: int,
     settings: LoadSettings,
-    keys: RecipientPrivateKey,
+    keys: RecipientPrivateKey | BrokerAddress,
     signer: SignerPublicKey,
+    issue: Issue | None,
 ) -> Iterator[PooledModel]:
     """The bundle in the first of ``size`` workers, the others waiting for it to fail."""
     from motte.run.pool import Pool, PooledModel
@@ -259,7 +275,9 @@ def _pooled(
         with out.progress(f"starting {size} workers"):
             workers.wait(wait_s=settings.timeout_s)
         with out.progress(f"opening {bundle.name}"):
-            model = PooledModel(workers, bundle, keys=keys, signer=signer, settings=settings, retries=size - 1)
+            model = PooledModel(
+                workers, bundle, keys=keys, signer=signer, settings=settings, retries=size - 1, issue=issue
+            )
         with model:
             yield model
 

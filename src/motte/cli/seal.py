@@ -14,6 +14,7 @@ from motte.cli.building import ModelOptions, capture_model, example_inputs
 from motte.cli.cutting import CutOptions, read_plan
 from motte.cli.options import private_key, public_key
 from motte.cli.output import Column, Line, Output, bytes_text, seconds_text, table
+from motte.cli.releasing import BrokerOptions
 from motte.cli.scheme import SchemeOptions, offload_json, offload_lines
 from motte.cli.verb import verb
 from motte.errors import InputError, SettingError, UnsupportedError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from motte.offload.settings import Asymmetric
     from motte.plan.offload import OffloadPlan
     from motte.plan.plan import Plan
+    from motte.provision.registration import Registration
     from motte.seal.writer import SealReport
     from motte.zoo.models import BuiltModel
 
@@ -40,15 +42,6 @@ def seal(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The bundle, NAME.motte.", rich_help_panel=_BUNDLE)
     ],
-    recipient: Annotated[
-        list[str],
-        typer.Option(
-            "--recipient",
-            metavar="KEY",
-            rich_help_panel=_BUNDLE,
-            help="Who can open it: motte-recipient-1-..., or a .pub file. Repeat it for several.",
-        ),
-    ],
     signer_key: Annotated[
         Path,
         typer.Option(
@@ -57,6 +50,17 @@ def seal(
     ],
     cuts: CutOptions,
     offload: SchemeOptions,
+    holder: BrokerOptions,
+    recipient: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipient",
+            metavar="KEY",
+            rich_help_panel=_BUNDLE,
+            help="Who can open it: motte-recipient-1-..., or a .pub file. Repeat it for several. Needed where no"
+            " --broker is given.",
+        ),
+    ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -127,6 +131,7 @@ def seal(
     from motte.seal.keys import RecipientPublicKey, SignerPrivateKey
     from motte.seal.manifest import Manifest, lay_out_parts
     from motte.seal.package import seal_model
+    from motte.seal.run_terms import terms_of
 
     cuts.check(plan)
     scheme = offload.make()
@@ -143,10 +148,16 @@ def seal(
             got="--lower off" if lower == "off" else "openvino is not installed",
             hint="drop --precision, or " + ("--lower off" if lower == "off" else "pip install 'motte[openvino]'"),
         )
-    people = [public_key(text, RecipientPublicKey, option="--recipient") for text in recipient]
+    people = [public_key(text, RecipientPublicKey, option="--recipient") for text in recipient or []]
+    address = holder.address()
+    if not people and address is None:
+        raise SettingError("nobody could open it", expected="--recipient KEY, or --broker ADDRESS")
     signer = private_key(signer_key, SignerPrivateKey, option="--signer-key")
     if not overwrite and os.path.lexists(output):
         raise InputError("the bundle exists already", where=str(output), hint="choose another name, or say --overwrite")
+    if address is not None:
+        with out.progress("asking the broker"):
+            people.append(holder.identity(address).recipient)
     built = model.build(out)
     captured = capture_model(out, built)
     made = read_plan(plan, captured.graph) if plan is not None else cuts.make(out, built, captured)
@@ -156,18 +167,24 @@ def seal(
     manifest = Manifest(captured.graph, made, built.signature, lowered)
     total = sum(part.layout.bytes for part in lay_out_parts(manifest))
     with out.progress(f"sealing {output.name}", total=total, in_bytes=True) as bar:
+        # A bundle that its broker does not know can be opened by nobody: it gets its name when it is registered.
         report = seal_model(
-            output,
+            output if address is None else output.with_name(f".{output.name}.unregistered"),
             manifest,
             captured.weights,
             release=release,
             recipients=people,
             signer=signer,
             public_weights=public,
+            run=terms_of(made.offload, broker="" if address is None else str(address)),
             threads=threads or len(os.sched_getaffinity(0)),
-            overwrite=overwrite,
+            overwrite=overwrite or address is not None,
             progress=bar.advance,
         )
+    registered: Registration | None = None
+    if address is not None:
+        registered = holder.register(report.path, signer, address, built.name, output)
+        report = replace(report, path=output)
     origin = built.signature.weights_origin
     document = {
         **_report_json(report),
@@ -180,10 +197,17 @@ def seal(
         "recipients": [str(each) for each in people],
         "public_weights": list(public),
         "offload": None if made.offload is None else offload_json(made.offload),
+        "broker": None if registered is None else _broker_json(registered, str(address)),
     }
     out.result(document, *_show(report, built, checked), Line(_lowered_line(lowered)), *offload_lines(made.offload))
-    address = "" if made.offload is None else " --accelerator ADDRESS"
-    out.note(f"run it with: motte run {output} --signer {signer.public} --key KEY --input FILE{address}")
+    keys = "--key KEY" if address is None else f"--broker '{address}' --evidence KIND"
+    outside = "" if made.offload is None else " --accelerator ADDRESS"
+    out.note(f"run it with: motte run {output} --signer {signer.public} {keys} --input FILE{outside}")
+
+
+def _broker_json(made: Registration, address: str) -> dict[str, Any]:
+    configuration = made.configurations[0].hex()
+    return {"address": address, "model": made.model, "policy": made.policy, "configuration": configuration}
 
 
 def _place(made: Plan, graph: Graph, scheme: Asymmetric | None, words: list[str]) -> tuple[Plan, tuple[str, ...]]:

@@ -6,6 +6,7 @@ from typing import Final
 
 from motte.cli import (
     accelerator,
+    attest,
     broker,
     doctor,
     enclave,
@@ -25,6 +26,7 @@ from motte.cli import (
 
 GROUPS: Final = {
     "accelerator": accelerator.app,
+    "attest": attest.app,
     "broker": broker.app,
     "enclave": enclave.app,
     "keys": keys.app,

@@ -123,7 +123,6 @@ def trace(request: Request, trial: TrialBundle) -> tuple[tuple[Member, ...], tup
         worker = TracedWorker(threads=1, engine=request.engine, precision=request.choices.precision)
         asked.append(ask(trial, worker, mode))
         opened.update(worker.opened())
-    opened.discard(str(trial.path))
     members = members_of((each.tcb for each in asked), opened, engine=request.engine, folders=module_folders())
     return members, tuple(each.answer for each in asked)
 
@@ -138,7 +137,7 @@ def prove(folder: Path, request: Request, trial: TrialBundle, outside: tuple[byt
         try:
             worker = BareWorker(
                 folder / ROOT,
-                (trial.path,),
+                (),
                 threads=1,
                 engine=request.engine,
                 precision=request.choices.precision,

@@ -15,7 +15,7 @@ _USER: Final = "65534:65534"
 
 def containerfile(record: ImageRecord, *, threads: int, precision: str) -> str:
     """Text of a Containerfile of nothing but the image, with its one command, as nobody."""
-    command = image_arguments(threads=threads, engine=record.engine, precision=precision)
+    command = image_arguments(threads=threads, engine=record.engine, precision=precision, enclave="process")
     variables = " \\\n    ".join(
         f"{name}={json.dumps(value)}" for name, value in sorted(image_environment(threads).items())
     )

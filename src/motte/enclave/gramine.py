@@ -49,6 +49,8 @@ class GramineWorker(WorkerProcess):
             signed. WorkerDied, WorkerStalled: it did not come up.
     """
 
+    _shares_kernel = False
+
     def __init__(
         self,
         folder: Path,
@@ -58,6 +60,7 @@ class GramineWorker(WorkerProcess):
         recorder: Recorder | None = None,
     ) -> None:
         self._folder = folder
+        self.kind = kind
         self._command = (str(program(kind)), NAME)
         check_folder(folder, kind)
         engine, precision, threads = stated(folder)

@@ -40,6 +40,7 @@ SELF_READING: Final = {"torch": b"install_config_module("}
 """Engine -> what stands in those of its modules that look at the comments of their own source when imported."""
 _FORTRAN: Final = ("libgfortran", "libquadmath")
 _HASHLIB: Final = f"{MODULES}/lib-dynload/_hashlib."
+_OPENSSL: Final = (f"{LIBRARIES}/libcrypto.", f"{LIBRARIES}/libssl.", _HASHLIB, f"{MODULES}/lib-dynload/_ssl.")
 _DIGESTS: Final = ("_md5", "_sha1", "_sha256", "_sha512", "_sha3", "_blake2")
 
 
@@ -90,8 +91,18 @@ class ImageRecord:
         return {"format": FORMAT, **asdict(self)}
 
 
-def write_image(folder: Path, members: Sequence[Member], *, engine: str, slim: bool) -> ImageRecord:
+def write_image(
+    folder: Path,
+    members: Sequence[Member],
+    *,
+    engine: str,
+    slim: bool,
+    replaced: Mapping[str, bytes | None] | None = None,
+) -> ImageRecord:
     """Make an image in ``folder``, which must not exist; it appears whole or not at all.
+
+    Args:
+        replaced: places that have no original of their own, and the stub that comes there; None: nothing does.
 
     Raises:
         InputError: ``folder`` exists. UnsupportedError: a slim one of an engine that needs OpenBLAS, or a source that
@@ -105,7 +116,7 @@ def write_image(folder: Path, members: Sequence[Member], *, engine: str, slim: b
     passing = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         passing.chmod(_FOLDER_MODE)
-        record = _write(passing, members, engine=engine, slim=slim)
+        record = _write(passing, members, engine=engine, slim=slim, replaced=replaced or {})
         os.rename(passing, folder)
     except OSError as problem:
         raise ResourceError("the image cannot be written", where=str(folder), got=str(problem)) from problem
@@ -114,12 +125,14 @@ def write_image(folder: Path, members: Sequence[Member], *, engine: str, slim: b
     return record
 
 
-def _write(folder: Path, members: Sequence[Member], *, engine: str, slim: bool) -> ImageRecord:
+def _write(
+    folder: Path, members: Sequence[Member], *, engine: str, slim: bool, replaced: Mapping[str, bytes | None]
+) -> ImageRecord:
     root = folder / ROOT
     members = sorted(members)
     compiled = _compile([member for member in members if member.compiled])
     files = [_start(root, compiled)]
-    left_out = _left_out(members) if slim else {}
+    left_out = (_left_out(members) if slim else {}) | dict(replaced)
     for member in [*members, *(_digests(members) if slim else ())]:
         if member.packed or left_out.get(member.place, b"") is None:
             continue
@@ -138,7 +151,7 @@ def _write(folder: Path, members: Sequence[Member], *, engine: str, slim: bool) 
     here = revision()
     record = ImageRecord(
         engine=engine,
-        slim=slim,
+        slim=slim or bool(replaced),
         files=tuple(sorted(files, key=lambda file: file.path)),
         modules=tuple(
             PackedModule(
@@ -216,7 +229,14 @@ def _left_out(members: Sequence[Member]) -> dict[str, bytes | None]:
     """Places that a slim image has no original of -> what comes there instead: a stub; None: nothing.
 
     Besides OpenBLAS it is Python's own link to OpenSSL: ``cryptography`` brings one of its own, and ``hashlib`` has its
-    other implementations (:func:`_digests`).
+    other implementations (:func:`_digests`). TLS has none: a slim worker cannot open an attested channel.
+    """
+    link = [m.place for m in members if m.place.startswith(_OPENSSL)]
+    return {**without_openblas(members), **dict.fromkeys(link)}
+
+
+def without_openblas(members: Sequence[Member]) -> dict[str, bytes | None]:
+    """Place of numpy's OpenBLAS -> its stub; places of what only it needs -> None.
 
     Raises:
         UnsupportedError: there is no OpenBLAS, or it cannot be left out.
@@ -228,11 +248,7 @@ def _left_out(members: Sequence[Member]) -> dict[str, bytes | None]:
     users = [Path(m.source).read_bytes() for m in inside]
     stub = make_stub(Path(found[0].source).read_bytes(), users, where=found[0].source)
     folder = os.path.dirname(found[0].place)
-    runtime = [
-        m.place
-        for m in members
-        if m.place.startswith((*(f"{folder}/{name}" for name in _FORTRAN), f"{LIBRARIES}/libcrypto.", _HASHLIB))
-    ]
+    runtime = [m.place for m in members if m.place.startswith(tuple(f"{folder}/{name}" for name in _FORTRAN))]
     return {found[0].place: stub, **dict.fromkeys(runtime)}
 
 

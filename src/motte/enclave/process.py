@@ -1,7 +1,7 @@
 """The ``process`` kind: the worker as a separate process on this machine, with its own memory and thread count.
 
 It is a *simulation* of an enclave: other users and crashes are kept out of its memory, the administrator is not. Every
-start says so.
+start says so. Other kinds start the same worker in another way, and override what differs.
 """
 
 from __future__ import annotations
@@ -14,21 +14,26 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from motte.enclave.host_service import HostService, Issue
 from motte.engines.select import PRECISIONS
 from motte.errors import (
     FrameError,
     LinkError,
+    PeerClosed,
     PeerStalled,
     ResourceError,
     UnsupportedError,
     WorkerDied,
     WorkerStalled,
 )
-from motte.link.frames import Frame, Kind
+from motte.limits import MAX_BUNDLE_FRAME_BYTES
+from motte.link.frames import PROTOCOL, Frame, Kind, WireTensor
 from motte.link.local import Link, Recorder
 from motte.strict_json import Fields
+from motte.trusted.harden import Hardening
+from motte.trusted.surroundings import KINDS
 
 SIMULATED = "SIMULATED: no hardware protection"
 _LOG = logging.getLogger("motte")
@@ -60,16 +65,16 @@ class Hello:
     engine_version: str
     precision: str
     threads: int
+    enclave: str
     simulated: bool
-    dumpable: bool
+    hardening: Hardening
     seconds: Mapping[str, float]
 
     @staticmethod
     def read(meta: Mapping[str, Any]) -> Hello:
         """Raises: FrameError: a missing, unknown or ill-typed field, or another protocol."""
         fields = Fields(dict(meta), where="HELLO", error=FrameError)
-        fields.integer("protocol", low=3, high=3)
-        fields.choice("enclave", ("process",))
+        fields.integer("protocol", low=PROTOCOL, high=PROTOCOL)
         seconds = fields.fields("seconds")
         hello = Hello(
             public_key=fields.hexadecimal("public_key", length_bytes=32),
@@ -78,13 +83,35 @@ class Hello:
             engine_version=fields.text("engine_version", max_bytes=64),
             precision=fields.choice("precision", PRECISIONS),
             threads=fields.integer("threads", low=1, high=4096),
+            enclave=fields.choice("enclave", KINDS),
             simulated=fields.boolean("simulated"),
-            dumpable=fields.boolean("dumpable"),
+            hardening=Hardening.from_json(fields.any("hardening"), where="HELLO.hardening"),
             seconds={name: seconds.number(name) for name in ("import_engine", "import_worker")},
         )
         seconds.done()
         fields.done()
         return hello
+
+
+class Started(Protocol):
+    """What is needed of a started worker; :class:`subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int:
+        """What names it in messages."""
+        ...
+
+    def poll(self) -> int | None:
+        """Its exit status; None: it runs."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, once it has ended."""
+        ...
+
+    def kill(self) -> None:
+        """End it."""
+        ...
 
 
 class WorkerProcess:
@@ -103,6 +130,10 @@ class WorkerProcess:
         WorkerDied, WorkerStalled: it did not come up.
     """
 
+    kind = "process"
+    _shares_kernel = True
+    """Whether a descriptor of ours can be handed to it."""
+
     def __init__(
         self,
         *,
@@ -115,14 +146,38 @@ class WorkerProcess:
     ) -> None:
         if sys.platform != "linux":
             raise UnsupportedError("the trusted worker runs on Linux only", got=sys.platform)
-        _LOG.warning("%s (enclave kind: process)", SIMULATED)
-        ours, theirs = socket.socketpair()
+        if self.kind == "process":
+            _LOG.warning("%s (enclave kind: process)", SIMULATED)
+        self._files: socket.socket | None = None
         # A memfd: what a dying worker wrote can be shown, nothing reaches a disk, and a full pipe cannot block it.
         self._stderr = os.memfd_create("motte-worker-stderr")
+        stream = self._begin(threads, engine, precision, accelerator)
+        self.link = Link(stream, peer=f"worker {self._process.pid}", recorder=recorder)
+        self._ended: str | None = None
+        try:
+            frame = self.receive(timeout_s=start_timeout_s)
+            if frame.kind is not Kind.HELLO:
+                raise FrameError("frame in the wrong state", expected="HELLO", got=frame.kind.name)
+            self.hello = Hello.read(frame.meta)
+            self._check_kind()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _begin(self, threads: int, engine: str, precision: str, accelerator: AcceleratorLink | None) -> socket.socket:
+        """Have a worker: sets ``self._process``, and gives our end of its link. What fails here leaves nothing."""
+        self._process: Started
+        ours, theirs = socket.socketpair()
+        far: socket.socket | None = None
+        if self._shares_kernel:
+            self._files, far = socket.socketpair()
         with theirs:
             options = ["--fd", str(theirs.fileno()), "--threads", str(threads), "--engine", engine]
             options += ["--precision", precision]
             passed = [theirs.fileno()]
+            if far is not None:
+                passed.append(far.fileno())
+                options += ["--host-fd", str(far.fileno())]
             if accelerator is not None:
                 passed.append(accelerator.fd)
                 options += ["--accelerator-fd", str(accelerator.fd), "--accelerator-name", accelerator.name]
@@ -131,20 +186,15 @@ class WorkerProcess:
                 self._process = self._spawn(theirs.fileno(), options, passed, threads)
             except BaseException as problem:
                 ours.close()
+                self._close_files()
                 os.close(self._stderr)
                 if isinstance(problem, OSError):
                     raise ResourceError("a worker cannot be started", got=str(problem)) from problem
                 raise
-        self.link = Link(ours, peer=f"worker {self._process.pid}", recorder=recorder)
-        self._ended: str | None = None
-        try:
-            frame = self.receive(timeout_s=start_timeout_s)
-            if frame.kind is not Kind.HELLO:
-                raise FrameError("frame in the wrong state", expected="HELLO", got=frame.kind.name)
-            self.hello = Hello.read(frame.meta)
-        except BaseException:
-            self.kill()
-            raise
+            finally:
+                if far is not None:
+                    far.close()
+        return ours
 
     def _spawn(self, link_fd: int, options: list[str], passed: list[int], threads: int) -> subprocess.Popen[bytes]:
         """Start it. Another way of starting a worker overrides this; what it prints goes to ``self._stderr``.
@@ -162,6 +212,55 @@ class WorkerProcess:
             env=worker_environment(threads),
             start_new_session=True,
         )
+
+    def _check_kind(self) -> None:
+        if self.hello.enclave != self.kind:
+            raise FrameError("a worker of another kind", expected=self.kind, got=self.hello.enclave)
+        if self.kind != "process" and self.hello.simulated:
+            _LOG.warning("%s (enclave kind: %s)", SIMULATED, self.kind)
+
+    def bundle_bytes(self, fd: int) -> int:
+        """What OPEN says of the bundle ``fd``: 0 where its descriptor is handed over, else its size in bytes."""
+        return 0 if self._files is not None else os.fstat(fd).st_size
+
+    def give_bundle(self, fd: int, *, timeout_s: float) -> None:
+        """Hand the bundle over, after OPEN; ``fd``, open for reading, stays ours to close. Once.
+
+        Raises:
+            WorkerDied, WorkerStalled: it takes nothing.
+        """
+        if self._files is None:
+            self._send_bundle(fd, timeout_s)
+            return
+        try:
+            socket.send_fds(self._files, [b"b"], [fd])
+        except OSError as problem:
+            raise self._failed(PeerClosed("the worker takes no bundle", got=str(problem)), timeout_s) from problem
+
+    def serve_host(self, issue: Issue | None) -> HostService | None:
+        """After the bundle was given: make evidence for the worker where it asks for any. None: nobody can, or need to.
+
+        Stop what is returned when the worker is ready.
+        """
+        if self._files is None or issue is None:
+            self._close_files()
+            return None
+        service, self._files = HostService(self._files, issue), None
+        return service
+
+    def _send_bundle(self, fd: int, timeout_s: float) -> None:
+        size, done = os.fstat(fd).st_size, 0
+        while done < size:
+            data = os.pread(fd, min(MAX_BUNDLE_FRAME_BYTES, size - done), done)
+            if not data:
+                raise ResourceError("the bundle became shorter while it was sent", expected=str(size), got=str(done))
+            self.send(Frame(Kind.BUNDLE, {}, [WireTensor("u8", (len(data),), data)]), timeout_s=timeout_s)
+            done += len(data)
+
+    def _close_files(self) -> None:
+        if self._files is not None:
+            self._files.close()
+            self._files = None
 
     @property
     def pid(self) -> int:
@@ -203,6 +302,7 @@ class WorkerProcess:
     def kill(self) -> None:
         """End it at once (SIGKILL reaches a stopped process too) and close the link. Safe to call again."""
         self.link.close()
+        self._close_files()
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -211,6 +311,7 @@ class WorkerProcess:
     def close(self) -> None:
         """Close the link, at which an idle worker wipes its weights and ends; kill it if it does not."""
         self.link.close()
+        self._close_files()
         try:
             self._process.wait(timeout=_EXIT_WAIT_S)
         except subprocess.TimeoutExpired:
@@ -233,6 +334,7 @@ class WorkerProcess:
             self._process.kill()
         status = _status(self._process.wait())
         self.link.close()
+        self._close_files()
         tail = self._end()
         return WorkerDied(
             "the worker ended" + (f"; its last words: {tail}" if tail else ""),

@@ -97,17 +97,20 @@ def read_pack(data: memoryview) -> dict[str, memoryview]:
 
 
 def main(words: list[str]) -> None:
-    """Install the finder, then become the worker with the arguments ``words``."""
+    """Install the finder, then become the worker, or with ``-m`` another module, with the arguments ``words``."""
+    module = "motte.trusted"
+    if words[:1] == ["-m"]:
+        module, words = words[1], words[2:]
     folder = os.path.dirname(os.path.abspath(__file__))
     with open(f"{folder}/{PACK_NAME}", "rb") as file:
         members = read_pack(memoryview(file.read()))
     sys.path[:] = [folder, f"{folder}/lib-dynload"]
     # Before the finder of files, behind those of the interpreter's own modules: no file can come in a member's place.
     sys.meta_path.insert(2, PackedFinder(folder, members))
-    sys.argv = ["motte.trusted", *words]
+    sys.argv = [module, *words]
     import runpy
 
-    runpy.run_module("motte.trusted", run_name="__main__", alter_sys=True)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

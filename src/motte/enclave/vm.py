@@ -46,7 +46,7 @@ def socket_unit() -> str:
 
 def service_unit(record: ImageRecord, *, threads: int, precision: str) -> str:
     """The worker: its standard input is the connection, its root the image."""
-    command = " ".join(image_arguments(threads=threads, engine=record.engine, precision=precision))
+    command = " ".join(image_arguments(threads=threads, engine=record.engine, precision=precision, enclave="vm"))
     variables = "".join(f'Environment="{name}={value}"\n' for name, value in sorted(image_environment(threads).items()))
     return (
         "[Unit]\n"

@@ -13,6 +13,7 @@ from typing import Final
 from motte.enclave.image_files import INTERPRETER, MODULES, module_folders
 from motte.enclave.process import WorkerProcess, worker_environment
 from motte.enclave.start import START_NAME
+from motte.trusted.surroundings import Told
 
 PYTHON_FLAGS: Final = ("-I", "-S", "-B", "-X", "utf8")
 """No variables, no user's or site's modules, no bytecode written, no locale: what starts is what the image says."""
@@ -27,14 +28,20 @@ def image_environment(threads: int) -> dict[str, str]:
     return {**{name: every[name] for name in _KEPT}, "LC_ALL": "C"}
 
 
-def image_arguments(*, threads: int, engine: str, precision: str, link_fd: int = 0) -> tuple[str, ...]:
+def image_arguments(
+    *, threads: int, engine: str, precision: str, enclave: Told = "gramine", link_fd: int = 0
+) -> tuple[str, ...]:
     """The whole command line of a worker in an image, its interpreter first."""
-    options = ("--fd", str(link_fd), "--threads", str(threads), "--engine", engine, "--precision", precision)
+    options: tuple[str, ...] = ("--fd", str(link_fd), "--threads", str(threads), "--engine", engine)
+    options += ("--precision", precision, "--enclave", enclave)
     return (f"/{INTERPRETER}", *PYTHON_FLAGS, f"/{MODULES}/{START_NAME}", *options)
 
 
 class TracedWorker(WorkerProcess):
-    """A worker as in an image, with the files of this machine; notes what Python opens in it."""
+    """A worker as in an image for Gramine, with the files of this machine; notes what Python opens in it."""
+
+    kind = "gramine-direct"
+    _shares_kernel = False
 
     def opened(self) -> tuple[str, ...]:
         """Paths that were opened, each once, sorted; also after :meth:`close`. Once only."""
@@ -46,7 +53,7 @@ class TracedWorker(WorkerProcess):
         self._opened = os.memfd_create("motte-opened-files")
         words = [sys.executable, *PYTHON_FLAGS, str(_HERE / "traced.py"), str(self._opened)]
         return subprocess.Popen(
-            [*words, os.pathsep.join(module_folders()), *options],
+            [*words, os.pathsep.join(module_folders()), *options, "--enclave", "gramine"],
             stdin=subprocess.DEVNULL,
             stdout=self._stderr,
             stderr=self._stderr,
@@ -57,7 +64,8 @@ class TracedWorker(WorkerProcess):
 
 
 class BareWorker(WorkerProcess):
-    """A worker whose file system holds an image, the files ``visible`` and what the kernel gives, and nothing else.
+    """A worker as under Gramine, whose file system holds an image, the files ``visible``, what the kernel gives, and
+    nothing else.
 
     Args:
         root: the image's folder.
@@ -67,6 +75,9 @@ class BareWorker(WorkerProcess):
     Raises:
         WorkerDied: it did not come up, or this machine lets nobody make namespaces; its last words say which.
     """
+
+    kind = "gramine-direct"
+    _shares_kernel = False
 
     def __init__(self, root: Path, visible: tuple[Path, ...], *, threads: int, engine: str, precision: str) -> None:
         self._root, self._visible, self._precision = root, visible, precision

@@ -153,7 +153,7 @@ def place_auto(base: Placement, measured: Mapping[str, Measured], budget: Budget
             left -= exposure
     return Placement(
         tuple(
-            each if each.side == "inside" else _judged(each.name, measured[each.name], each.name in chosen, budget)
+            each if each.side != "split" else _judged(each.name, measured[each.name], each.name in chosen, budget)
             for each in base.layers
         )
     )

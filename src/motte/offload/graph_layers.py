@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from motte.capture.graph import Graph, read_values
 from motte.capture.sizes import bytes_of
 from motte.errors import BundleError, SettingError
 from motte.linear.nodes import LinearNode, weighted_products
-from motte.offload.placement import Placed, Placement
+from motte.offload.placement import Placed, Placement, refuse_unproved
 from motte.plan.linear_nodes import layer_weight, linear_weight, other_readers
 from motte.plan.offload import OffloadPlan
 from motte.plan.plan import Tile
+
+if TYPE_CHECKING:
+    from motte.offload.confidential_gpu import ProvedGpu
 
 ALL_BUT_FIRST_LAST = "all-but-first-last"
 """Every layer that can run split, but those with no layer before them and those with none behind them."""
@@ -108,16 +112,20 @@ def public_names(graph: Graph, section: OffloadPlan) -> tuple[str, ...]:
     return tuple(sorted({weight.name for weight in found if weight is not None}))
 
 
-def split_nodes(graph: Graph, section: OffloadPlan, public: Collection[str]) -> tuple[SplitNode, ...]:
+def split_nodes(
+    graph: Graph, section: OffloadPlan, public: Collection[str], *, gpu: ProvedGpu | None = None
+) -> tuple[SplitNode, ...]:
     """The nodes of ``graph``, as it was captured, that run split. By rule P-10 none of them is tiled.
 
     Args:
         public: names of weights that the signed header of the bundle marks as public.
+        gpu: what proves that a GPU counts as inside, for layers that are placed there.
 
     Raises:
         BundleError: check M-3, a split layer whose weight is not marked public; check M-4, one that does not exist,
-            or that cannot run split.
+            or that cannot run split. AttestationError: layers on a confidential GPU that nothing proves (U-1).
     """
+    refuse_unproved(section, gpu)
     layers = {layer.weight: layer for layer in graph_layers(graph)}
     positions: dict[str, tuple[str, int]] = {}
     for position, name in enumerate(section.split):
@@ -141,6 +149,32 @@ def split_nodes(graph: Graph, section: OffloadPlan, public: Collection[str]) -> 
             )
         positions.setdefault(layer.weight, (name, position))
     return tuple(_nodes(graph, positions))
+
+
+def gpu_nodes(graph: Graph, section: OffloadPlan, gpu: ProvedGpu | None) -> tuple[LinearNode, ...]:
+    """The nodes of ``graph``, as it was captured, that run whole on ``gpu``, in the order in which they run.
+
+    Raises:
+        AttestationError: there are such, and nothing proves a GPU (U-1). BundleError: check M-4, a layer that does not
+            exist or cannot run alone.
+    """
+    refuse_unproved(section, gpu)
+    layers = {layer.weight: layer for layer in graph_layers(graph)}
+    weights: set[str] = set()
+    for name in section.confidential_gpu:
+        weight = layer_weight(graph, name)
+        layer = layers.get(weight.name) if weight is not None else None
+        if layer is None or layer.refused is not None:
+            raise BundleError(
+                "the placement puts a layer on a GPU that cannot run there",
+                check="M-4",
+                where=f"layer {name}",
+                got="no such layer" if layer is None else layer.refused,
+            )
+        weights.add(layer.weight)
+    return tuple(
+        found for _, found in weighted_products(graph) if isinstance(found, LinearNode) and found.weight in weights
+    )
 
 
 def split_extra_bytes(graph: Graph, nodes: Sequence[SplitNode], dims: Mapping[str, int]) -> int:

@@ -39,6 +39,7 @@ from motte.plan.offload import (
 )
 
 if TYPE_CHECKING:
+    from motte.offload.confidential_gpu import ProvedGpu
     from motte.offload.layers import LinearLayer
 
 
@@ -80,8 +81,18 @@ class Placement:
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """Names of the layers that stay inside."""
+        """Names of the layers that stay inside, on the CPU."""
         return tuple(layer.name for layer in self.layers if layer.side == "inside")
+
+    @property
+    def confidential_gpu(self) -> tuple[str, ...]:
+        """Names of the layers that run whole on a proved GPU of the trusted side."""
+        return tuple(layer.name for layer in self.layers if layer.side == "confidential-gpu")
+
+    @property
+    def trusted(self) -> tuple[str, ...]:
+        """Names of the layers of which nothing leaves."""
+        return tuple(layer.name for layer in self.layers if layer.side != "split")
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------
@@ -136,6 +147,22 @@ def place_listed(layers: Sequence[LinearLayer], scheme: Asymmetric, names: Seque
 def place_none(layers: Sequence[LinearLayer]) -> Placement:
     """Everything inside."""
     return Placement(tuple(Placed(layer.name, "inside", "placement none") for layer in layers))
+
+
+def place_on_gpu(placement: Placement, names: Sequence[str]) -> Placement:
+    """``placement`` with the layers ``names`` on the confidential GPU, whole. Whoever runs it has to prove that GPU.
+
+    Raises:
+        SettingError: a layer that is not there.
+    """
+    for name in names:
+        placement[name]
+    return Placement(
+        tuple(
+            Placed(each.name, "confidential-gpu", "named for the confidential GPU") if each.name in names else each
+            for each in placement.layers
+        )
+    )
 
 
 def _place(layers: Sequence[LinearLayer], scheme: Asymmetric, names: tuple[str, ...] | None, reason: str) -> Placement:
@@ -222,13 +249,17 @@ def to_plan(scheme: Asymmetric, placement: Placement) -> OffloadPlan:
     )
 
 
-def from_plan(section: OffloadPlan) -> tuple[Asymmetric, Placement]:
+def from_plan(section: OffloadPlan, *, gpu: ProvedGpu | None = None) -> tuple[Asymmetric, Placement]:
     """The settings and the placement that a section froze. The scheme lists both sides, so that nothing is left to a
-    default: ``offloaded_layers`` those that run split, ``trusted_layers`` those that stay inside.
+    default: ``offloaded_layers`` those that run split, ``trusted_layers`` those of which nothing leaves.
+
+    Args:
+        gpu: what proves that a GPU counts as inside, for layers that are placed there.
 
     Raises:
-        SettingError: a value that no setting has.
+        SettingError: a value that no setting has. AttestationError: such layers, and nothing proves it (U-1).
     """
+    refuse_unproved(section, gpu)
     placement = Placement(tuple(Placed(each.name, each.side, each.reason) for each in section.layers))
     scheme = Asymmetric(
         noise=_noise(section.noise),
@@ -236,7 +267,7 @@ def from_plan(section: OffloadPlan) -> tuple[Asymmetric, Placement]:
         iterations=section.iterations,
         decomposition=cast(Decomposition, section.decomposition),
         residual_dtype=cast(ResidualDtype, section.residual_dtype),
-        trusted_layers=placement.inside,
+        trusted_layers=placement.trusted,
         offloaded_layers=placement.split,
         integrity=cast(Integrity, section.integrity),
         integrity_vectors=section.integrity_vectors,
@@ -251,7 +282,20 @@ def frozen_scheme(scheme: Asymmetric, placement: Placement) -> Asymmetric:
         SettingError: the scheme itself lists layers, and not those of the placement.
     """
     _check_lists(scheme, placement)
-    return replace(scheme, trusted_layers=placement.inside, offloaded_layers=placement.split)
+    return replace(scheme, trusted_layers=placement.trusted, offloaded_layers=placement.split)
+
+
+def refuse_unproved(section: OffloadPlan, gpu: ProvedGpu | None) -> None:
+    """Return only if ``section`` places nothing on a confidential GPU, or ``gpu`` is one that was proved.
+
+    Raises:
+        AttestationError: it does, and nothing proves it (U-1).
+    """
+    if section.confidential_gpu:
+        # Imported for such plans alone: a worker without a GPU loads no verifier.
+        from motte.offload.confidential_gpu import require_proved
+
+        require_proved(section.confidential_gpu, gpu, where="offload section")
 
 
 def plain_reason(text: str) -> str:

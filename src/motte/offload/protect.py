@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from motte.accelerator.interface import Accelerator
 from motte.errors import SettingError, TrustError, UnsupportedError
+from motte.offload.confidential_gpu import ConfidentialGpu, ProvedGpu, on_gpu
 from motte.offload.modules import SplitModule, can_split, make_split, operation_of
 from motte.offload.rules import Guard, HalfRule, ResearchBooks, Rule, SplitRule
 from motte.offload.session import Session
@@ -28,38 +29,45 @@ class LayerSide:
     """Where a parametrised layer runs, and why it stays inside."""
 
     name: str
-    side: Literal["inside", "split"]
+    side: Literal["inside", "split", "confidential-gpu"]
     reason: str
 
 
 def protect(
     model: nn.Module,
-    scheme: Scheme,
+    scheme: Scheme | ConfidentialGpu,
     *,
     accelerator: Accelerator | str | None = None,
     example_input: Any = None,
     noise_key: bytes | None = None,
+    gpu: ProvedGpu | None = None,
 ) -> nn.Module:
     """A module like ``model`` whose linear operators run as ``scheme`` says.
 
     Args:
         model: on the CPU, in trusted memory. It is not changed.
-        scheme: ``Asymmetric(...)``, or a research mode.
+        scheme: ``Asymmetric(...)``, a research mode, or ``ConfidentialGpu(...)``.
         accelerator: an :class:`Accelerator` or an address (``unix:PATH``, ``tcp:HOST:PORT``). Only Asymmetric has one.
         example_input: arguments of one call (a tensor, or a tuple). With it the first and the last layer are those that
             run first and last; without it those that are registered first and last, and a model in which others run
             first or last is found out when it runs.
         noise_key: 32 secret bytes of a session to be continued, see :meth:`Session.state`.
+        gpu: for ``ConfidentialGpu``: what proves that the GPU belongs to the trusted side. Nothing else takes one.
 
     Returns:
-        The module, with the attributes ``motte_session`` (:class:`Session`; None in a research mode) and
+        The module, with the attributes ``motte_session`` (:class:`Session`; None where nothing leaves) and
         ``motte_layers`` (a tuple of :class:`LayerSide`).
 
     Raises:
         SettingError: an unknown layer, a contradiction in the scheme, a model that is protected already.
         UnsupportedError: a model that is not in trusted memory, or whose weights are not there yet.
+        AttestationError: ``ConfidentialGpu`` without a proved GPU (check U-1).
     """
     _refuse(model, scheme, accelerator)
+    if isinstance(scheme, ConfidentialGpu):
+        return _on_gpu(model, scheme, gpu)
+    if gpu is not None:
+        raise SettingError("only ConfidentialGpu runs on a GPU of the trusted side", got=type(scheme).__name__)
     protected = _copy_sharing_parameters(model)
     layers = parametrised(protected) if example_input is None else _in_order_of_execution(protected, example_input)
     sides = place(layers, scheme)
@@ -86,6 +94,21 @@ def protect(
         position += 1
     _hook_root(protected, guard, session or books, chosen=scheme.trusted_layers is not None or _named(scheme))
     object.__setattr__(protected, "motte_session", session)
+    object.__setattr__(protected, "motte_layers", sides)
+    return protected
+
+
+def _on_gpu(model: nn.Module, scheme: ConfidentialGpu, gpu: ProvedGpu | None) -> nn.Module:
+    protected = _copy_sharing_parameters(model)
+    there = on_gpu(protected, scheme, gpu)
+    marked = "SIMULATED: " if gpu is not None and gpu.simulated else ""
+    sides = tuple(
+        LayerSide(name, "confidential-gpu", f"{marked}a proved GPU of the trusted side")
+        if name in there
+        else LayerSide(name, "inside", "not placed there")
+        for name in parametrised(protected)
+    )
+    object.__setattr__(protected, "motte_session", None)
     object.__setattr__(protected, "motte_layers", sides)
     return protected
 
@@ -150,13 +173,15 @@ def _named(scheme: Scheme) -> bool:
     return isinstance(scheme, Asymmetric) and scheme.offloaded_layers is not None
 
 
-def _refuse(model: nn.Module, scheme: Scheme, accelerator: object) -> None:
-    if not isinstance(scheme, Scheme):
-        raise SettingError("unknown scheme", expected="Asymmetric, LowRank or Residual", got=repr(scheme)[:200])
+def _refuse(model: nn.Module, scheme: Scheme | ConfidentialGpu, accelerator: object) -> None:
+    if not isinstance(scheme, Scheme | ConfidentialGpu):
+        raise SettingError(
+            "unknown scheme", expected="Asymmetric, LowRank, Residual or ConfidentialGpu", got=repr(scheme)[:200]
+        )
     if isinstance(scheme, Asymmetric) and accelerator is None:
         raise SettingError("the asymmetric scheme needs an accelerator", hint='accelerator="unix:PATH", or an object')
     if not isinstance(scheme, Asymmetric) and accelerator is not None:
-        raise SettingError("nothing leaves in a research mode, so it takes no accelerator", got=repr(accelerator)[:200])
+        raise SettingError("nothing leaves under this scheme, so it takes no accelerator", got=repr(accelerator)[:200])
     if any(isinstance(module, SplitModule) for module in model.modules()):
         raise SettingError("the model is protected already")
     for name, parameter in model.named_parameters():

@@ -170,7 +170,7 @@ def _row(layer: LinearLayer, scheme: Asymmetric, placement: Placement, positions
     placed, operation = placement[layer.name], layer.operation
     whole = layer.multiply_adds
     passes = int(layer.input_gradient) + int(layer.weight_gradient)
-    if placed.side == "inside" or operation is None:
+    if placed.side != "split" or operation is None:
         inside = (Inside(product=whole), Inside(product=passes * whole))
         return WorkRow(
             layer.name, "inside", placed.reason, None, False, whole, passes * whole, *inside, 0, 0, Traffic()

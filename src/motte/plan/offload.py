@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-Side = Literal["inside", "split"]
+Side = Literal["inside", "split", "confidential-gpu"]
 RankName = Literal["fixed", "schedule", "energy", "entropy"]
 NoiseName = Literal["residual", "gradient", "update"]
 SIDES: Final[tuple[str, ...]] = get_args(Side)
@@ -29,7 +29,8 @@ MAX_REASON_BYTES: Final = 200
 @dataclass(frozen=True, slots=True)
 class PlannedLayer:
     """One linear layer: ``name`` is the path of the module that holds its weight (``features.10``), ``side`` where it
-    runs, ``reason`` one line of printable ASCII without repeated spaces."""
+    runs, ``reason`` one line of printable ASCII without repeated spaces. ``confidential-gpu`` is a GPU of the trusted
+    side, which has to be proved before anything runs there (:mod:`motte.offload.confidential_gpu`)."""
 
     name: str
     side: Side
@@ -83,6 +84,11 @@ class OffloadPlan:
     def split(self) -> tuple[str, ...]:
         """Names of the layers that run split, by position."""
         return tuple(layer.name for layer in self.layers if layer.side == "split")
+
+    @property
+    def confidential_gpu(self) -> tuple[str, ...]:
+        """Names of the layers that run whole on a proved GPU of the trusted side."""
+        return tuple(layer.name for layer in self.layers if layer.side == "confidential-gpu")
 
     @property
     def inside(self) -> tuple[str, ...]:

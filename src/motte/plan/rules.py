@@ -127,34 +127,35 @@ def last_part_not_empty(plan: Plan, graph: Graph) -> Iterator[Flaw]:
 
 
 def layers_exist(plan: Plan, graph: Graph) -> Iterator[Flaw]:
-    """P-9: every layer of the offload section exists; a split one is a convolution or linear layer."""
+    """P-9: every layer of the offload section exists; one that is not inside is a convolution or linear layer."""
     layers = list(_layer_lines(plan))
     linear = linear_nodes(graph)
     nodes = {node.name for node in apply_tiles(graph, plan.tiles).nodes} if layers else set()
     for line, layer in layers:
         weight = layer_weight(graph, layer.name)
-        if weight is None and (layer.side == "split" or layer.name not in nodes):
+        if weight is None and (layer.side != "inside" or layer.name not in nodes):
             yield Flaw(line, "no such layer", "LAYER of a weight LAYER.weight", layer.name)
-        elif layer.side == "split" and weight is not None and weight.name not in linear:
-            yield Flaw(line, "a split layer is no convolution and no linear layer", got=layer.name)
+        elif layer.side != "inside" and weight is not None and weight.name not in linear:
+            yield Flaw(line, f"a {_word(layer)} layer is no convolution and no linear layer", got=layer.name)
 
 
 def split_weights_serve_only_their_layer(plan: Plan, graph: Graph) -> Iterator[Flaw]:
-    """P-10: what reads the weight of a split layer is a convolution or linear layer, and is not tiled."""
+    """P-10: what reads the weight of a layer that is not inside is a convolution or linear layer, and is not tiled."""
     linear, tiled = linear_nodes(graph), {tile.node for tile in plan.tiles}
     for line, layer in _layer_lines(plan):
         weight = layer_weight(graph, layer.name)
-        if layer.side != "split" or weight is None:
+        if layer.side == "inside" or weight is None:
             continue
+        what = _word(layer)
         for node in other_readers(graph, weight.name):
-            yield Flaw(line, f"the weight of a split layer is also read by {node.name} ({node.op})", got=layer.name)
+            yield Flaw(line, f"the weight of a {what} layer is also read by {node.name} ({node.op})", got=layer.name)
         for node in linear[weight.name]:
             if node.name in tiled:
-                yield Flaw(line, "a split layer is tiled", got=f"{layer.name}, tile {node.name}")
+                yield Flaw(line, f"a {what} layer is tiled", got=f"{layer.name}, tile {node.name}")
 
 
 def tied_weights_on_one_side(plan: Plan, graph: Graph) -> Iterator[Flaw]:
-    """P-11: layers that share one weight are all split or all inside."""
+    """P-11: layers that share one weight are all on one side."""
     sides: dict[str, tuple[str, str]] = {}
     for line, layer in _layer_lines(plan):
         weight = layer_weight(graph, layer.name)
@@ -163,6 +164,10 @@ def tied_weights_on_one_side(plan: Plan, graph: Graph) -> Iterator[Flaw]:
         name, side = sides.setdefault(weight.name, (layer.name, layer.side))
         if side != layer.side:
             yield Flaw(line, f"shares its weight with {name}, which is on the other side", side, layer.side)
+
+
+def _word(layer: PlannedLayer) -> str:
+    return "split" if layer.side == "split" else "confidential GPU"
 
 
 def _layer_lines(plan: Plan) -> Iterator[tuple[int, PlannedLayer]]:

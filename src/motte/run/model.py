@@ -11,24 +11,32 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from motte.attest.configuration import RunConfiguration
 from motte.capture.graph import Dim, Value
 from motte.capture.signature import Signature, from_json
+from motte.enclave.host_service import Issue
 from motte.enclave.process import AcceleratorLink, WorkerProcess
-from motte.errors import FrameError, InputError, SettingError, WorkerClosed
+from motte.errors import FrameError, InputError, MotteError, SettingError, WorkerClosed
 from motte.limits import MAX_LOWERED_CHECKS
 from motte.link.frames import Frame, Kind, WireTensor
 from motte.link.local import Recorder
 from motte.lower.lowered import Lowered, read_check
 from motte.measure.clock import Clock
-from motte.provision.grant import make_grant
+from motte.measure.self_report import SelfReport
+from motte.provision.address import BrokerAddress
+from motte.provision.client import BrokerClient
+from motte.provision.grant import make_grant, make_session_grant
 from motte.run.accelerator import AcceleratorPeer, open_peer
+from motte.run.key_release import carry, check_broker
 from motte.run.settings import AUTO, LoadSettings
+from motte.run.starting import start_worker
 from motte.run.tensors import from_wire, to_wire
 from motte.run.told import (
     Answered,
@@ -41,14 +49,19 @@ from motte.run.told import (
     read_value,
     reported,
 )
+from motte.run.verified import Verifier, attested
+from motte.seal.header import BundleHeader
 from motte.seal.keys import RecipientPrivateKey, SignerPublicKey, load_public
 from motte.seal.keys import load as load_key
 from motte.seal.manifest import read_lowered
-from motte.seal.reader import KeyEncryptionKey, SignedBundle, open_bundle
+from motte.seal.reader import KeyEncryptionKey, SignedBundle, open_bundle, open_file
 from motte.strict_json import Fields
 from motte.trusted.execution import why_not_lowered
 
 if TYPE_CHECKING:
+    from motte.attest.ra_tls_verify import Demand
+    from motte.attest.verify import Verdict
+    from motte.trusted.harden import Hardening
     from motte.trusted.tcb import Tcb
 
 _LOG = logging.getLogger("motte")
@@ -94,6 +107,7 @@ class Model:
         clock: Clock,
         accelerator: AcceleratorPeer | None = None,
         why_engine: str = "asked for",
+        verdict: Verdict | None = None,
     ) -> None:
         self._worker = worker
         self._accelerator = accelerator
@@ -101,6 +115,8 @@ class Model:
         self._turns = _Turns()
         self._closed = False
         self.clock = clock
+        self.verdict = verdict
+        """On the worker, by the policy that was given; None: nobody asked for its evidence."""
         fields = Fields(dict(ready), where="READY", error=FrameError)
         self.signature: Signature = from_json(fields.any("signature"))
         self.inputs: tuple[Value, ...] = tuple(fields.items("inputs", max_items=1024, read=read_value))
@@ -126,6 +142,16 @@ class Model:
     def pid(self) -> int:
         """Process id of the worker."""
         return self._worker.pid
+
+    @property
+    def enclave(self) -> str:
+        """Where the worker runs, as it says: one of :data:`motte.trusted.surroundings.KINDS`. **Unverified**."""
+        return self._worker.hello.enclave
+
+    @property
+    def hardening(self) -> Hardening:
+        """What holds for the worker, as it says. **Unverified**."""
+        return self._worker.hello.hardening
 
     @property
     def simulated(self) -> bool:
@@ -171,6 +197,10 @@ class Model:
         """What the worker holds now: weight arena, resident set and its peak, in bytes."""
         memory: Mapping[str, Any] = self._request(Frame(Kind.STATS)).meta["memory"]
         return memory
+
+    def self_report(self) -> SelfReport:
+        """What the worker says of itself as a process: times, faults, memory. It hides them from a sampler outside."""
+        return SelfReport.from_json(self._request(Frame(Kind.STATS)).meta["self"])
 
     def tcb(self) -> Tcb:
         """The files that the worker has loaded by now: what of this machine's software has to be trusted."""
@@ -234,22 +264,27 @@ class Model:
 def load(
     path: str | os.PathLike[str],
     *,
-    keys: RecipientPrivateKey | str | os.PathLike[str],
+    keys: RecipientPrivateKey | BrokerAddress | str | os.PathLike[str],
     signer: SignerPublicKey | str | os.PathLike[str],
     settings: LoadSettings | None = None,
     recorder: Recorder | None = None,
     worker: WorkerProcess | None = None,
+    issue: Issue | None = None,
+    verifier: Verifier | None = None,
     **options: Any,
 ) -> Model:
     """Start a trusted worker, release the bundle's keys to it and open the model there.
 
     Args:
         path: the bundle.
-        keys: a recipient's private key, or the file that holds it.
+        keys: a recipient's private key, or the file that holds it; or the address of the broker that releases the keys
+            to the worker against evidence. The client holds none then.
         signer: the public key that must have signed the bundle, its text or its file. There is no default: anyone can
             seal to a public key.
         settings: a :class:`LoadSettings`; or give its fields as further keywords.
         recorder: sees every frame that crosses to and from the worker.
+        issue: makes evidence of this machine for a worker that has none of its own (the ``process`` kind).
+        verifier: demands evidence of the worker; before it satisfies the policy, nothing but the bundle is sent to it.
         worker: a started, empty one to use instead; it ends with this model, also when loading fails.
 
     Raises:
@@ -263,7 +298,7 @@ def load(
     """
     try:
         chosen = _settings(settings, options)
-        return _load(Path(path).resolve(), keys, signer, chosen, recorder, worker)
+        return _load(Path(path).resolve(), keys, signer, chosen, recorder, worker, issue, verifier)
     except BaseException:
         if worker is not None:
             worker.kill()
@@ -272,13 +307,19 @@ def load(
 
 def _load(
     path: Path,
-    keys: RecipientPrivateKey | str | os.PathLike[str],
+    keys: RecipientPrivateKey | BrokerAddress | str | os.PathLike[str],
     signer: SignerPublicKey | str | os.PathLike[str],
     chosen: LoadSettings,
     recorder: Recorder | None,
     started: WorkerProcess | None,
+    issue: Issue | None,
+    verifier: Verifier | None,
 ) -> Model:
-    private = keys if isinstance(keys, RecipientPrivateKey) else load_key(Path(keys), RecipientPrivateKey)
+    private: RecipientPrivateKey | BrokerAddress
+    if isinstance(keys, (RecipientPrivateKey, BrokerAddress)):
+        private = keys
+    else:
+        private = load_key(Path(keys), RecipientPrivateKey)
     demanded = (
         signer
         if isinstance(signer, SignerPublicKey)
@@ -290,7 +331,11 @@ def _load(
         open_bundle(path, signer=demanded, min_release=chosen.min_release) as bundle,
     ):
         header = bundle.header
-        kek = bundle.unwrap(private)
+        kek: KeyEncryptionKey | None = None
+        if isinstance(private, BrokerAddress):
+            check_broker(header, private)
+        else:
+            kek = bundle.unwrap(private)
         engine, why = _engine(bundle, kek, chosen, started)
     threads = chosen.threads or len(os.sched_getaffinity(0))
     if started is not None:
@@ -300,12 +345,8 @@ def _load(
         worker = started
         if worker is None:
             with clock.segment("start worker", since="process spawned", until="its first frame received"):
-                worker = WorkerProcess(
-                    threads=threads,
-                    engine=engine,
-                    precision=chosen.precision,
-                    recorder=recorder,
-                    accelerator=_handed_over(peer, chosen),
+                worker = start_worker(
+                    chosen, threads=threads, engine=engine, recorder=recorder, accelerator=_handed_over(peer, chosen)
                 )
     except BaseException:
         if peer is not None:
@@ -315,18 +356,11 @@ def _load(
         if peer is not None:
             # The worker alone holds that end from here on: when it ends, the accelerator sees it.
             peer.hand_over()
-        with clock.segment("key release", since="worker's public key known", until="grant sealed"):
-            public = worker.hello.public_key
-            grant, session = make_grant(kek, public, bundle_id=header.bundle_id, release=header.release)
-        with clock.segment("open and load", since="grant sent", until="worker ready"):
-            worker.send(Frame(Kind.OPEN, _open_meta(path, demanded, chosen)), timeout_s=chosen.timeout_s)
-            worker.send(Frame(Kind.GRANT, {"sealed": grant.hex()}), timeout_s=chosen.timeout_s)
-            sending, receiving = session.client_ciphers()
-            worker.link.secure(sending=sending, receiving=receiving, clear_error_first=True)
-            ready = worker.receive(timeout_s=chosen.timeout_s)
-            if ready.kind is not Kind.READY:
-                raise reported(ready)[0]
-        return Model(worker, ready.meta, chosen, clock, peer, why)
+        broker = private if isinstance(private, BrokerAddress) else None
+        demand = None if verifier is None else verifier.demand(RunConfiguration.of(header).digest())
+        opening = _Opening(path, header, kek, broker, demanded, issue, demand)
+        ready, verdict = _open_in(worker, opening, chosen, clock)
+        return Model(worker, ready.meta, chosen, clock, peer, why, verdict)
     except BaseException:
         worker.kill()
         if peer is not None:
@@ -334,8 +368,63 @@ def _load(
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """A bundle whose signature was checked, and where its keys come from: ``kek``, or ``broker``."""
+
+    path: Path
+    header: BundleHeader
+    kek: KeyEncryptionKey | None
+    broker: BrokerAddress | None
+    signer: SignerPublicKey
+    issue: Issue | None
+    demand: Demand | None
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What OPEN says of the way in which keys come."""
+        return {
+            "keys": "broker" if self.kek is None else "recipient",
+            "channel": "plain" if self.demand is None else "attested",
+        }
+
+
+def _open_in(
+    worker: WorkerProcess, opening: _Opening, chosen: LoadSettings, clock: Clock
+) -> tuple[Frame, Verdict | None]:
+    """Have ``worker`` open the bundle: its READY frame, and the verdict on it where one was demanded."""
+    header, kek = opening.header, opening.kek
+    with clock.segment("key release", since="worker's public key known", until="grant sealed"):
+        public = worker.hello.public_key
+        if kek is None:
+            grant, session = make_session_grant(public, bundle_id=header.bundle_id, release=header.release)
+        else:
+            grant, session = make_grant(kek, public, bundle_id=header.bundle_id, release=header.release)
+    with clock.segment("open and load", since="grant sent", until="worker ready"), ExitStack() as stack:
+        offer_bundle(worker, opening.path, _open_meta(opening.signer, chosen, opening.words), chosen)
+        service = worker.serve_host(opening.issue)
+        if service is not None:
+            stack.callback(service.stop)
+        try:
+            verdict = None if opening.demand is None else attested(worker, opening.demand, timeout_s=chosen.timeout_s)
+            worker.send(Frame(Kind.GRANT, {"sealed": grant.hex()}), timeout_s=chosen.timeout_s)
+            sending, receiving = session.client_ciphers()
+            worker.link.secure(sending=sending, receiving=receiving, clear_error_first=True)
+            broker = None
+            if opening.broker is not None:
+                broker = stack.enter_context(BrokerClient(opening.broker, timeout_s=chosen.timeout_s))
+            ready = carry(worker, broker, timeout_s=chosen.timeout_s)
+        except MotteError as problem:
+            if service is not None and service.problem is not None:
+                raise service.problem from problem
+            raise
+    if ready.kind is not Kind.READY:
+        raise reported(ready)[0]
+    return ready, verdict
+
+
 def _engine(
-    bundle: SignedBundle, kek: KeyEncryptionKey, settings: LoadSettings, started: WorkerProcess | None
+    bundle: SignedBundle, kek: KeyEncryptionKey | None, settings: LoadSettings, started: WorkerProcess | None
 ) -> tuple[str, str]:
     """Which engine the worker gets, and why."""
     if started is not None:
@@ -344,6 +433,8 @@ def _engine(
         return settings.engine, "asked for"
     if settings.accelerator is not None:
         return "torch", "only it can run layers split"
+    if kek is None:
+        return "onnxruntime", "the bundle's keys go to the worker alone, so nobody here can look into it"
     lowered = read_lowered(bundle.unlock(kek).manifest())
     if not isinstance(lowered, Lowered):
         return "torch", why_not_lowered(lowered)
@@ -389,9 +480,24 @@ def _handed_over(peer: AcceleratorPeer | None, settings: LoadSettings) -> Accele
     return AcceleratorLink(peer.fileno(), peer.name, settings.timeout_s / 3)
 
 
-def _open_meta(path: Path, signer: SignerPublicKey, settings: LoadSettings) -> dict[str, Any]:
+def offer_bundle(worker: WorkerProcess, path: Path, meta: dict[str, Any], settings: LoadSettings) -> None:
+    """Send OPEN, and the bundle behind it in the way that this worker takes it.
+
+    Raises:
+        InputError: no such file. WorkerDied, WorkerStalled: as they say.
+    """
+    fd = open_file(path)
+    try:
+        opening = Frame(Kind.OPEN, {"bundle_bytes": worker.bundle_bytes(fd), **meta})
+        worker.send(opening, timeout_s=settings.timeout_s)
+        worker.give_bundle(fd, timeout_s=settings.timeout_s)
+    finally:
+        os.close(fd)
+
+
+def _open_meta(signer: SignerPublicKey, settings: LoadSettings, words: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "path": str(path),
+        **words,
         "signer": str(signer),
         "min_release": settings.min_release,
         "mode": settings.mode,

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Final, Self
 
+from motte.enclave.host_service import Issue
 from motte.enclave.process import WorkerProcess
 from motte.engines.select import ENGINES
 from motte.errors import (
@@ -29,6 +30,7 @@ from motte.errors import (
     WorkerStalled,
 )
 from motte.link.frames import Frame, WireTensor
+from motte.provision.address import BrokerAddress
 from motte.run.model import Model, load
 from motte.run.settings import AUTO, LoadSettings
 from motte.run.told import Answered
@@ -154,17 +156,18 @@ class Pool:
         self,
         path: str | os.PathLike[str],
         *,
-        keys: RecipientPrivateKey | str | os.PathLike[str],
+        keys: RecipientPrivateKey | BrokerAddress | str | os.PathLike[str],
         signer: SignerPublicKey | str | os.PathLike[str],
         settings: LoadSettings | None = None,
         wait_s: float | None = None,
+        issue: Issue | None = None,
         **options: Any,
     ) -> Model:
         """Open a bundle in a worker that is ready, or in the next one to be.
 
         Args:
-            path, keys, signer, settings, options: as of :func:`motte.load`. Engine, precision and threads are the
-                pool's; an accelerator is not possible.
+            path, keys, signer, settings, issue, options: as of :func:`motte.load`. Engine, precision and threads are
+                the pool's; an accelerator is not possible.
             wait_s: how long to wait for a worker to be ready. (default: ``start_timeout_s``)
 
         Raises:
@@ -181,7 +184,7 @@ class Pool:
         for last in (False, True):
             with self._lent(deadline) as worker:
                 try:
-                    return load(path, keys=keys, signer=signer, settings=chosen, worker=worker)
+                    return load(path, keys=keys, signer=signer, settings=chosen, worker=worker, issue=issue)
                 except WorkerDied:
                     if self._spares.closed:
                         raise _closed() from None
@@ -383,7 +386,7 @@ class PooledModel:
 
     Args:
         pool: gives the workers; it is not closed with this model.
-        path, keys, signer, settings, wait_s: see :meth:`Pool.load`.
+        path, keys, signer, settings, wait_s, issue: see :meth:`Pool.load`.
         retries: how often one call may go on to another worker, the first load included.
 
     Raises:
@@ -395,14 +398,15 @@ class PooledModel:
         pool: Pool,
         path: str | os.PathLike[str],
         *,
-        keys: RecipientPrivateKey | str | os.PathLike[str],
+        keys: RecipientPrivateKey | BrokerAddress | str | os.PathLike[str],
         signer: SignerPublicKey | str | os.PathLike[str],
         settings: LoadSettings,
         retries: int,
         wait_s: float | None = None,
+        issue: Issue | None = None,
     ) -> None:
         self._load: Callable[[], Model] = lambda: pool.load(
-            path, keys=keys, signer=signer, settings=settings, wait_s=wait_s
+            path, keys=keys, signer=signer, settings=settings, wait_s=wait_s, issue=issue
         )
         if type(retries) is not int or retries < 0:
             raise SettingError("not a number of retries", expected="0 or more", got=repr(retries))

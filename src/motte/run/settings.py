@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from motte.engines.select import ENGINES, PRECISIONS
 from motte.errors import SettingError
+from motte.trusted.surroundings import KINDS
 from motte.trusted.weights import MODES
 
 DEFAULT_TIMEOUT_S = 120.0
@@ -20,7 +22,9 @@ class LoadSettings:
     ``accelerator`` is an address: ``unix:PATH``, ``tcp:HOST:PORT``, or ``local`` for one started here. What may be sent
     there is not a setting: it stands in the bundle. ``engine`` is one of :data:`motte.engines.select.ENGINES`, or
     ``auto``: onnxruntime where every part is lowered, else torch. ``precision`` other than f32 is for openvino and for
-    bundles whose owner measured what it changes.
+    bundles whose owner measured what it changes. ``enclave`` is one of :data:`motte.trusted.surroundings.KINDS`; the
+    Gramine kinds start the ``image`` of ``motte enclave build``, whose engine, precision and threads are fixed; ``vm``
+    is the address of a worker in a confidential VM: ``vsock:CID:PORT`` or ``unix:PATH``.
     """
 
     mode: str = "resident"
@@ -33,6 +37,9 @@ class LoadSettings:
     accelerator: str | None = None
     engine: str = AUTO
     precision: str = "f32"
+    enclave: str = "process"
+    image: Path | None = None
+    vm: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -50,6 +57,21 @@ class LoadSettings:
                 f"only openvino computes in {self.precision}",
                 got=f"engine {self.engine}",
                 hint="add --engine openvino (engine='openvino')",
+            )
+        if self.enclave not in KINDS:
+            raise SettingError("unknown kind of enclave", expected=", ".join(KINDS), got=repr(self.enclave))
+        if (self.image is not None) != self.enclave.startswith("gramine") or (self.vm is not None) != (
+            self.enclave == "vm"
+        ):
+            raise SettingError(
+                "this kind of enclave needs another setting",
+                where=self.enclave,
+                expected="gramine-*: an image (--image DIR); vm: its address (--vm ADDRESS); process: neither",
+                got=f"image {self.image}, vm {self.vm}",
+            )
+        if self.enclave != "process" and self.accelerator is not None:
+            raise SettingError(
+                "only a worker in a process can be handed a link to an accelerator", got=f"enclave {self.enclave}"
             )
         if self.weight_memory_bytes < 0 or self.threads < 0 or self.min_release < 0:
             raise SettingError("a setting is negative", got=str(self))

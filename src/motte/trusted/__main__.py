@@ -1,7 +1,8 @@
-"""Entry of the worker process: ``python -m motte.trusted --fd N --threads T --engine NAME``.
+"""Entry of the worker: ``python -m motte.trusted --fd N --threads T --engine NAME``.
 
-Started only by :mod:`motte.enclave`, with one connected socket as file descriptor N and, with ``--accelerator-fd``, a
-second one to an accelerator. The worker opens no address itself, and nothing that decides what leaves is an argument.
+Started only by :mod:`motte.enclave`, with one connected stream as file descriptor N; with ``--host-fd`` a socket by
+which the bundle's descriptor comes, and with ``--accelerator-fd`` one to an accelerator. The worker opens no address
+itself, and nothing that decides what leaves is an argument.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from motte.engines.select import ENGINES, PRECISIONS
 from motte.errors import SettingError
+from motte.trusted.surroundings import TOLD
 
 if TYPE_CHECKING:
     from motte.accelerator.interface import Accelerator
@@ -31,6 +33,8 @@ class _Options:
     threads: int
     engine: str
     precision: str = "f32"
+    enclave: str = "process"
+    host_fd: int | None = None
     accelerator_fd: int | None = None
     accelerator_name: str = "accelerator"
     accelerator_timeout: float = 60.0
@@ -43,6 +47,8 @@ class _Options:
             "--threads": int,
             "--engine": str,
             "--precision": str,
+            "--enclave": str,
+            "--host-fd": int,
             "--accelerator-fd": int,
             "--accelerator-name": str,
             "--accelerator-timeout": float,
@@ -56,7 +62,7 @@ class _Options:
                 found[field] = readers[name](value)
             except ValueError as problem:
                 raise SettingError("not a value of this argument", where=name, got=value) from problem
-        for field, allowed in (("engine", ENGINES), ("precision", PRECISIONS)):
+        for field, allowed in (("engine", ENGINES), ("precision", PRECISIONS), ("enclave", TOLD)):
             if found.get(field, allowed[0]) not in allowed:
                 raise SettingError(f"unknown {field}", expected=", ".join(allowed), got=found[field])
         missing = sorted({"fd", "threads", "engine"} - set(found))
@@ -73,26 +79,44 @@ def main() -> int:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
 
-    from motte.trusted.harden import harden
+    from motte.link.standard_streams import inherited_stream
+    from motte.trusted import harden
+    from motte.trusted.surroundings import examine
 
-    hardening = harden()
+    # First of all: what an engine prints while it is loaded must not come between two frames.
+    stream = inherited_stream(options.fd)
+    if options.enclave == "process":
+        hardening = harden.before_threads()
+    elif options.enclave == "vm":
+        hardening = harden.harden()
+    else:
+        hardening = harden.elsewhere("Gramine: the enclave is the boundary, and its manifest says what may be called")
+    if options.enclave != "process":
+        from motte.trusted.surroundings import load_for_image
+
+        load_for_image(options.enclave)
     from motte.engines.select import make_engine
 
     engine = make_engine(options.engine, threads=options.threads, precision=options.precision)
     engine_ready = time.perf_counter()
+    from motte.link.frames import PROTOCOL
     from motte.link.local import Link
+    from motte.trusted.host_channel import HostChannel
     from motte.trusted.worker import Worker
 
-    link = Link(socket.socket(fileno=options.fd), peer="client")
+    if options.enclave == "process":
+        hardening = harden.after_threads(hardening)
+    kind, simulated = examine(options.enclave)
     hello = {
-        "enclave": "process",
-        "simulated": True,
+        "protocol": PROTOCOL,
+        "enclave": kind,
+        "simulated": simulated,
         "pid": os.getpid(),
         "engine": engine.name,
         "engine_version": str(sys.modules[engine.name].__version__).partition("-")[0],
         "precision": options.precision,
         "threads": options.threads,
-        "dumpable": hardening.dumpable,
+        "hardening": hardening.to_json(),
         "seconds": {"import_engine": engine_ready - began, "import_worker": time.perf_counter() - engine_ready},
     }
     accelerator = None
@@ -103,7 +127,15 @@ def main() -> int:
             name=options.accelerator_name,
             timeout_s=options.accelerator_timeout,
         )
-    return Worker(link, engine, hello=hello, precision=options.precision, accelerator=accelerator).serve()
+    return Worker(
+        Link(stream, peer="client"),
+        engine,
+        kind=kind,
+        hello=hello,
+        precision=options.precision,
+        accelerator=accelerator,
+        host=None if options.host_fd is None else HostChannel(socket.socket(fileno=options.host_fd)),
+    ).serve()
 
 
 def _greet(fd: int, *, name: str, timeout_s: float) -> Accelerator:

@@ -113,6 +113,11 @@ class Hardening:
         return found
 
 
+def elsewhere(why: str) -> Hardening:
+    """What holds where there is no Linux kernel of our own to ask: nothing that this module does, and ``why``."""
+    return Hardening(True, 0, False, False, lacking=dict.fromkeys(MEASURES, why))
+
+
 def harden(*, require: Collection[str] = ()) -> Hardening:
     """Make this process non-dumpable, without core files or new privileges, and see whether it can have secret memory.
 

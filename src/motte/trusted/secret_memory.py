@@ -101,6 +101,17 @@ class SecretBytes:
             memoryview(source).cast("B")[:] = bytes(len(source))
         return taken
 
+    @classmethod
+    def random(cls, size_bytes: int) -> Self:
+        """Random bytes of the kernel, written where they stay: no other copy of them was ever made here."""
+        made = cls(size_bytes)
+        done = 0
+        while done < size_bytes:
+            # Not os.urandom, which hands them over in an object of the heap.
+            with open("/dev/urandom", "rb", buffering=0) as source:
+                done += source.readinto(made.view[done:]) or 0
+        return made
+
     @property
     def kind(self) -> Kind:
         """What memory it lies in."""

@@ -23,11 +23,13 @@ MODES = ("resident", "streamed")
 class PartWeights(Protocol):
     """Gives each part's weights while it runs.
 
-    ``arena_bytes`` is the memory set aside for plaintext weights, ``locked`` whether it can never be swapped out,
+    ``arena_bytes`` is the memory set aside for plaintext weights, ``secret_bytes`` how much of it direct reads of this
+    process's memory do not reach, ``locked`` whether it can never be swapped out,
     ``waited_s`` the time spent so far waiting for a part to be opened.
     """
 
     arena_bytes: int
+    secret_bytes: int
     locked: bool
     waited_s: float
 
@@ -61,6 +63,7 @@ class ResidentWeights:
             bundle.open_part(index, arena.view, threads=threads)
         self._weights = [_views(engine, part, arena.view) for part, arena in zip(parts, self._arenas, strict=True)]
         self.arena_bytes = sum(arena.bytes for arena in self._arenas)
+        self.secret_bytes = sum(arena.secret_bytes for arena in self._arenas)
         self.locked = all(arena.locked for arena in self._arenas)
         self.waited_s = 0.0
 
@@ -93,6 +96,7 @@ class StreamedWeights:
         needed = sizes[0] if len(sizes) == 1 else max(a + b for a, b in pairs)
         self._arena = Arena(needed + _HIGH_END_ALIGNMENT)
         self.arena_bytes = self._arena.bytes
+        self.secret_bytes = self._arena.secret_bytes
         self.locked = self._arena.locked
         self.waited_s = 0.0
         self._bundle, self._parts, self._engine, self._threads = bundle, parts, engine, threads

@@ -1,7 +1,8 @@
 """The trusted worker: one link, one bundle, one life. It answers; nothing outside can make it do anything else.
 
-States, in order, each entered once: hello -> open + grant -> ready -> any number of run, stats and tcb. Any error
-before ``ready``, and any failure of a key, a chunk or the link after it, ends the worker; a refused input does not.
+States, in order, each entered once: hello -> open, the bundle, grant -> (keys from a broker) -> ready -> any number of
+run, stats and tcb. Any error before ``ready``, and any failure of a key, a chunk or the link after it, ends the worker;
+a refused input does not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motte.capture.binding import bind_dims
@@ -21,37 +21,54 @@ from motte.capture.signature import to_json
 from motte.engines.interface import Array, Engine
 from motte.engines.select import PRECISIONS
 from motte.errors import FrameError, InputError, MotteError, PeerClosed, ResourceError, SettingError, UnsupportedError
-from motte.limits import MAX_NAME_BYTES, MAX_RELEASE, MAX_TENSOR_BYTES
-from motte.link.frames import Frame, Kind, WireTensor
+from motte.limits import MAX_NAME_BYTES, MAX_RELEASE, MAX_SENT_BUNDLE_BYTES, MAX_TENSOR_BYTES
+from motte.link.frames import CHANNELS, Frame, Kind, WireTensor
 from motte.link.local import Link
 from motte.lower.lowered import EngineCheck, Lowered, check_json
-from motte.measure.memory import read_memory
+from motte.measure.memory import Memory, read_memory
+from motte.measure.self_report import report_self
 from motte.offload.graph_layers import SplitNode, split_extra_bytes, split_nodes
 from motte.offload.placement import from_plan
 from motte.plan.costs import peak_activation_bytes
 from motte.plan.streamed import PartNeed, copy_bytes, streamed_need
-from motte.provision.grant import GRANT_BYTES, open_grant
+from motte.provision.grant import (
+    GRANT_BYTES,
+    KEY_BYTES,
+    KEY_SOURCES,
+    SESSION_GRANT_BYTES,
+    open_grant,
+    open_session_grant,
+)
+from motte.seal.header import BundleHeader
 from motte.seal.keys import SignerPublicKey
 from motte.seal.manifest import LaidOutPart, Manifest, check_sizes, lay_out_parts, loads
-from motte.seal.primitives import new_x25519
-from motte.seal.reader import UnlockedBundle, open_bundle
+from motte.seal.primitives import x25519_public
+from motte.seal.reader import KeyEncryptionKey, UnlockedBundle, open_bundle
+from motte.seal.run_terms import check_terms
 from motte.strict_json import Fields
 from motte.trusted.execution import Execution, prepare
+from motte.trusted.secret_memory import SecretBytes
+from motte.trusted.surroundings import issuer
 from motte.trusted.weights import MODES, PartWeights, ResidentWeights, StreamedWeights
 
 if TYPE_CHECKING:
     from motte.accelerator.interface import Accelerator
+    from motte.trusted.host_channel import HostChannel
     from motte.trusted.outside import Outside
-
-PROTOCOL = 3
-_MAX_PATH_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class OpenRequest:
-    """What the client asks for, read from an **unverified** OPEN frame. ``weight_memory_bytes`` 0: no bound."""
+    """What the client asks for, read from an **unverified** OPEN frame.
 
-    path: Path
+    ``bundle_bytes`` 0: the bundle comes as a descriptor, else in BUNDLE frames. ``channel``: whether frames after the
+    bundle go through TLS that ends here, with evidence. ``keys``: whether the grant holds the
+    key-encryption key, or a broker releases data keys. ``weight_memory_bytes`` 0: no bound.
+    """
+
+    bundle_bytes: int
+    channel: str
+    keys: str
     signer: str
     min_release: int
     mode: str
@@ -69,7 +86,9 @@ class OpenRequest:
         if not isinstance(dims, dict) or not all(type(v) is int and 0 < v < 1 << 31 for v in dims.values()):
             raise FrameError("not a table of dimensions", where="OPEN.stated_dims")
         request = OpenRequest(
-            path=Path(fields.text("path", max_bytes=_MAX_PATH_BYTES)),
+            bundle_bytes=fields.integer("bundle_bytes", low=0, high=MAX_SENT_BUNDLE_BYTES),
+            channel=fields.choice("channel", CHANNELS),
+            keys=fields.choice("keys", KEY_SOURCES),
             signer=fields.text("signer", max_bytes=MAX_NAME_BYTES),
             min_release=fields.integer("min_release", low=0, high=MAX_RELEASE),
             mode=fields.choice("mode", MODES),
@@ -93,7 +112,7 @@ class _Loaded:
     outside: Outside | None
     checks: tuple[EngineCheck, ...]
     stated_dims: Mapping[str, int] | None
-    rss_before_open_bytes: int
+    rss_before_open_bytes: int | None
     peaks: dict[tuple[tuple[str, int], ...], int]
 
 
@@ -109,6 +128,8 @@ class Worker:
     """Serves one link until it ends.
 
     Args:
+        kind: where it runs, as :func:`motte.trusted.surroundings.examine` says.
+        host: by which the bundle's descriptor comes, and evidence; None: the bundle comes as bytes.
         accelerator: greets the accelerator whose link the worker was started with; None: it was started with none.
             Called once, after everything that decides what may leave was read and checked.
     """
@@ -118,10 +139,15 @@ class Worker:
         link: Link,
         engine: Engine,
         *,
+        kind: str,
         hello: Mapping[str, Any],
         precision: str = "f32",
         accelerator: Callable[[], Accelerator] | None = None,
+        host: HostChannel | None = None,
     ) -> None:
+        self._kind = kind
+        self._host = host
+        self._attest_s = 0.0
         self._link = link
         self._engine = engine
         self._hello = hello
@@ -150,26 +176,80 @@ class Worker:
                     self._loaded.outside.close()
 
     def _start(self) -> None:
-        private, public = new_x25519()
-        self._link.send(Frame(Kind.HELLO, {**self._hello, "protocol": PROTOCOL, "public_key": public.hex()}))
-        request = OpenRequest.read(self._expect(Kind.OPEN).meta)
-        grant = Fields(dict(self._expect(Kind.GRANT).meta), where="GRANT", error=FrameError)
-        sealed = grant.hexadecimal("sealed", length_bytes=GRANT_BYTES)
-        grant.done()
-        marks = [time.perf_counter()]
-        demanded = SignerPublicKey.parse(request.signer)
-        signed = open_bundle(request.path, signer=demanded, min_release=request.min_release)
-        header = signed.header
-        kek, session = open_grant(sealed, private, bundle_id=header.bundle_id, release=header.release)
-        sending, receiving = session.worker_ciphers()
-        self._link.secure(sending=sending, receiving=receiving)
+        # A worker of a pool may wait for hours with this key: it never rests in ordinary memory.
+        with SecretBytes.random(KEY_BYTES) as private:
+            public = x25519_public(private.view)
+            self._link.send(Frame(Kind.HELLO, {**self._hello, "public_key": public.hex()}))
+            request = OpenRequest.read(self._expect(Kind.OPEN).meta)
+            demanded = SignerPublicKey.parse(request.signer)
+            fd = self._receive_bundle(request)
+            marks = [time.perf_counter()]
+            try:
+                signed = open_bundle(fd, signer=demanded, min_release=request.min_release)
+                if request.channel == "attested":
+                    self._attest(signed.header, public)
+                kek = self._open_grant(signed.header, request, private)
+            except BaseException:
+                os.close(fd)
+                raise
+        # From here on the descriptor is open for as long as the worker lives: streamed parts are read from it.
         if request.verify_digests:
             signed.verify_digests(threads=request.open_threads)
-        self._load(signed.unlock(kek), request, marks)
+        if kek is not None:
+            self._load(signed.unlock(kek), request, marks)
+            return
+        from motte.trusted.broker_keys import obtain
+
+        start = time.perf_counter()
+        data_keys = obtain(signed.header, self._link, issuer(self._kind, self._host))
+        self._attest_s = time.perf_counter() - start
+        marks[0] += self._attest_s
+        self._load(signed.unlock_with(data_keys), request, marks)
+
+    def _attest(self, header: BundleHeader, public: bytes) -> None:
+        """Go on inside of TLS that ends here, with evidence in its certificate for our key and the owner's terms."""
+        try:
+            import motte.link.tls_stream  # noqa: F401
+        except ImportError as problem:
+            raise UnsupportedError(
+                "this image has no TLS", got=str(problem), hint="build it without --slim, or let a broker give the keys"
+            ) from problem
+        from motte.attest.configuration import RunConfiguration
+        from motte.attest.ra_tls import Attester
+        from motte.link.attested import attested_server
+
+        shown = Attester(issuer(self._kind, self._host), public, RunConfiguration.of(header).digest())
+        # No time limit: a worker waits for its client for as long as the link is open.
+        self._link.change_stream(lambda stream: attested_server(stream, shown, timeout_s=None))
+
+    def _receive_bundle(self, request: OpenRequest) -> int:
+        if request.bundle_bytes:
+            from motte.trusted.bundle_arrival import receive_bytes
+
+            return receive_bytes(self._link, request.bundle_bytes)
+        if self._host is None:
+            raise FrameError("this worker takes no descriptors", expected="OPEN.bundle_bytes above 0", got="0")
+        return self._host.receive_descriptor()
+
+    def _open_grant(self, header: BundleHeader, request: OpenRequest, private: SecretBytes) -> KeyEncryptionKey | None:
+        """The key-encryption key, and the link secured; None: the grant holds session keys alone."""
+        grant = Fields(dict(self._expect(Kind.GRANT).meta), where="GRANT", error=FrameError)
+        with_kek = request.keys == "recipient"
+        sealed = grant.hexadecimal("sealed", length_bytes=GRANT_BYTES if with_kek else SESSION_GRANT_BYTES)
+        grant.done()
+        kek: KeyEncryptionKey | None = None
+        if with_kek:
+            kek, session = open_grant(sealed, private.view, bundle_id=header.bundle_id, release=header.release)
+        else:
+            session = open_session_grant(sealed, private.view, bundle_id=header.bundle_id, release=header.release)
+        sending, receiving = session.worker_ciphers()
+        self._link.secure(sending=sending, receiving=receiving)
+        return kek
 
     def _load(self, bundle: UnlockedBundle, request: OpenRequest, marks: list[float]) -> None:
         manifest = loads(bundle.manifest())
         checks = self._checks(manifest, request.precision)
+        check_terms(bundle.signed.header.run, manifest.plan.offload)
         split = self._split(manifest, bundle.signed.header.public_weights)
         parts = lay_out_parts(manifest, checked=True)
         check_sizes(parts, tuple(bundle.part_bytes(index) for index in range(bundle.parts)))
@@ -177,7 +257,8 @@ class Worker:
         dims = self._stated_dims(manifest, request) if streamed or request.stated_dims else None
         if request.weight_memory_bytes:
             _refuse_above(parts, request, streamed)
-        before = read_memory().rss_bytes
+        found = _own_memory()
+        before = None if found is None else found.rss_bytes
         marks.append(time.perf_counter())
         holder = StreamedWeights if streamed else ResidentWeights
         weights: PartWeights = holder(bundle, parts, self._engine, threads=request.open_threads)
@@ -191,6 +272,8 @@ class Worker:
             weights.close()
             raise
         marks.append(time.perf_counter())
+        if self._host is not None:
+            self._host.close()
         self._loaded = _Loaded(manifest, parts, execution, weights, split, outside, checks, dims, before, {})
         self._link.send(Frame(Kind.READY, self._ready(marks)))
 
@@ -276,7 +359,10 @@ class Worker:
             "dims": [{"name": d.name, "low": d.low, "high": d.high} for d in graph.dims],
             "plan_dims": dict(loaded.manifest.plan.dims),
             "parts": [{"nodes": len(p.part.graph.nodes), "bytes": p.layout.bytes} for p in loaded.parts],
-            "seconds": dict(zip(("verify", "open", "load"), _differences(marks), strict=True)),
+            "seconds": {
+                "attest": self._attest_s,
+                **dict(zip(("verify", "open", "load"), _differences(marks), strict=True)),
+            },
             "memory": self._memory(),
             "offload": self._offload(),
             "joined": loaded.execution.joined,
@@ -298,7 +384,7 @@ class Worker:
 
     def _answer(self, frame: Frame) -> None:
         if frame.kind is Kind.STATS:
-            self._link.send(Frame(Kind.ANSWER, {"memory": self._memory()}))
+            self._link.send(Frame(Kind.ANSWER, {"memory": self._memory(), "self": report_self().to_json()}))
             return
         if frame.kind is Kind.TCB:
             from motte.trusted.tcb import loaded_files
@@ -358,15 +444,16 @@ class Worker:
 
     def _memory(self) -> dict[str, Any]:
         # The worker's own books: it is not dumpable, and hides from an unprivileged sampler outside.
-        loaded, memory = self._held(), read_memory()
+        loaded, memory = self._held(), _own_memory()
         return {
             "weight_arena_bytes": loaded.weights.arena_bytes,
             "weight_resident_bytes": loaded.weights.resident_bytes(),
             "engine_copy_bytes": loaded.execution.copy_bytes,
             "weights_locked": loaded.weights.locked,
+            "weight_secret_bytes": loaded.weights.secret_bytes,
             "rss_before_open_bytes": loaded.rss_before_open_bytes,
-            "rss_bytes": memory.rss_bytes,
-            "rss_peak_bytes": memory.peak_rss_bytes,
+            "rss_bytes": None if memory is None else memory.rss_bytes,
+            "rss_peak_bytes": None if memory is None else memory.peak_rss_bytes,
         }
 
     def _held(self) -> _Loaded:
@@ -398,6 +485,14 @@ def _one_run() -> Iterator[None]:
         yield
     except MotteError as problem:
         raise _RunFailed(problem) from problem
+
+
+def _own_memory() -> Memory | None:
+    """What this process holds; None where it cannot be told, as under Gramine, whose /proc has less in it."""
+    try:
+        return read_memory()
+    except ResourceError:
+        return None
 
 
 def _refuse_above(parts: tuple[LaidOutPart, ...], request: OpenRequest, streamed: bool) -> None:

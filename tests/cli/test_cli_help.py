@@ -20,7 +20,11 @@ from motte.cli import root
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLI_PAGE = REPOSITORY / "docs" / "cli.md"
 DOCUMENTS = [CLI_PAGE, *(path for path in (REPOSITORY / "README.md", REPOSITORY / "docs" / "zoo.md") if path.exists())]
-SHARED = {"plan": ("Naming a model", "Where to cut"), "seal": ("Naming a model", "Where to cut", "`motte plan`")}
+SHARED = {
+    "compare": ("Naming a model", "`motte bench`"),
+    "plan": ("Naming a model", "Where to cut"),
+    "seal": ("Naming a model", "Where to cut", "`motte plan`"),
+}
 EVERYWHERE = "What every verb keeps to"
 Options = Mapping[str, frozenset[str]]
 
@@ -37,7 +41,7 @@ VERBS = sorted(name for name, command in COMMANDS.items() if name and not getatt
 
 GROUPS = (
     "zoo", "keys", "recipients", "accelerator", "broker", "broker policy", "broker audit", "enclave",
-    "attest", "attest tpm", "attest simulated",
+    "attest", "attest tpm", "attest simulated", "bench",
 )  # fmt: skip
 
 
@@ -70,6 +74,9 @@ def test_these_are_the_verbs() -> None:
         "train-log",
         "train-weights",
         "privacy",
+        *(f"bench {verb}" for verb in ("infer", "train", "split", "open", "link", "start")),
+        "compare",
+        "report",
         "plan",
         "seal",
         "run",

@@ -43,10 +43,11 @@ OURS = {
     "motte.seal.manifest", "motte.seal.pool", "motte.seal.primitives", "motte.seal.reader",
     "motte.seal.run_terms",
     "motte.split", "motte.split.chain", "motte.split.layout", "motte.split.split",
-    "motte.trusted", "motte.trusted.__main__", "motte.trusted.arena", "motte.trusted.bundle_arrival",
+    "motte.trusted", "motte.trusted.__main__", "motte.trusted.arena",
     "motte.trusted.execution",
     "motte.trusted.harden", "motte.trusted.kernel", "motte.trusted.landlock", "motte.trusted.seccomp",
-    "motte.trusted.secret_memory", "motte.trusted.surroundings", "motte.trusted.tcb", "motte.trusted.weights", "motte.trusted.worker",
+    "motte.trusted.secret_memory", "motte.trusted.surroundings", "motte.trusted.tcb", "motte.trusted.weights",
+    "motte.trusted.worker", "motte.trusted.host_channel",
 }  # fmt: skip
 MAX_FILE_BYTES = 110_000_000
 """Without symbols and debug information: some builds of Python carry 20 MB of them, which no process maps."""

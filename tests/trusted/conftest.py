@@ -55,6 +55,7 @@ def seal_tiny(folder: Path, parts: int, release: int = 3) -> Sealed:
     from motte.plan.planner import plan_parts
     from motte.seal.manifest import Manifest, lay_out_parts
     from motte.seal.package import seal_model
+    from motte.seal.run_terms import terms_of
 
     tiny = _tiny_model()
     model = tiny.tiny()
@@ -63,7 +64,15 @@ def seal_tiny(folder: Path, parts: int, release: int = 3) -> Sealed:
     recipient, signer = RecipientPrivateKey.new(), SignerPrivateKey.new()
     manifest = Manifest(captured.graph, plan, Signature("tiny", "random"))
     path = folder / "tiny.motte"
-    seal_model(path, manifest, captured.weights, release=release, recipients=[recipient.public], signer=signer)
+    seal_model(
+        path,
+        manifest,
+        captured.weights,
+        release=release,
+        recipients=[recipient.public],
+        signer=signer,
+        run=terms_of(plan.offload),
+    )
     sizes = [part.layout.bytes for part in lay_out_parts(manifest)]
     return Sealed(path, model, tiny.CANARY, recipient, signer, sizes)
 

@@ -1,7 +1,8 @@
 # The doors of this repository. Every one works in a fresh clone and needs no root: the first sets up .venv by itself.
 #
 #   make setup    .venv with motte and everything its tests need, at the versions of constraints.txt
-#   make demo     a real model in 12 sealed parts, from plan to answers; a small ResNet trained split, beside the plain run
+#   make demo     a real model in 12 sealed parts, from plan to answers; a small ResNet trained split, beside the plain
+#                 run; and a page of what each way of running the model costs: demo/report.html
 #   make test     every test that this machine can run      (PYTEST_ARGS="-k measure -x" narrows it)
 #   make lint     ruff check, ruff format --check, mypy --strict
 #   make fmt      let ruff fix and format
@@ -46,6 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
 	$(BIN)/python scripts/demo_training.py
+	$(BIN)/python scripts/demo_report.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)

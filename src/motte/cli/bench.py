@@ -298,12 +298,12 @@ def case_json(result: CaseResult) -> dict[str, Any]:
 
 def case_tables(cases: Sequence[CaseResult]) -> list[Any]:
     """A table for every model and batch; a column that has nothing to say is left out."""
-    titles = ("case", "median", "ratio", "interval", "memory", "ready in", "out", "exposed")
+    titles = ("case", "median", "ratio", "interval", "memory", "out", "exposed")
     found = []
     for model, batch in dict.fromkeys((each.case.model, each.case.batch) for each in cases):
         rows = [_row(each) for each in cases if (each.case.model, each.case.batch) == (model, batch)]
         kept = [place for place in range(len(titles)) if any(row[place] != _NONE for row in rows)]
-        columns = [Column(titles[place], number=place > 0, keep=place == 0) for place in kept]
+        columns = [Column(titles[place], number=place > 0, keep=True) for place in kept]
         cells = [[row[place] for place in kept] for row in rows]
         found.append(table(columns, cells, title=f"{model}, batch {batch}"))
     return found
@@ -315,14 +315,12 @@ def _row(result: CaseResult) -> tuple[str, ...]:
     place = "" if case.enclave in ("none", "process") else f" {case.enclave}"
     engine = "" if case.engine == "torch" else f" {case.engine}"
     parts = f" p{case.parts}" if case.mode in ("resident", "streamed", "asymmetric") else ""
-    ready = [result.segments[name] for name in ("start", "attest", "open", "load") if name in result.segments]
     return (
         f"{case.mode}{parts}{engine}{place}",
         seconds_text(result.seconds.median),
         _NONE if ratio is None else f"{ratio.median:.2f}",
         _NONE if ratio is None else f"{ratio.low:.2f}-{ratio.high:.2f}",
         _NONE if result.peak_memory_bytes is None else bytes_text(result.peak_memory_bytes),
-        seconds_text(sum(ready)) if ready else _NONE,
         _NONE if result.bytes_out is None else bytes_text(result.bytes_out),
         _NONE if result.exposed is None else f"{result.exposed:.1%}",
     )

@@ -41,7 +41,7 @@ VERBS = sorted(name for name, command in COMMANDS.items() if name and not getatt
 
 GROUPS = (
     "zoo", "keys", "recipients", "accelerator", "broker", "broker policy", "broker audit", "enclave",
-    "attest", "attest tpm", "attest simulated", "bench",
+    "attest", "attest tpm", "attest simulated", "bench", "audit",
 )  # fmt: skip
 
 
@@ -75,6 +75,8 @@ def test_these_are_the_verbs() -> None:
         "train-weights",
         "privacy",
         *(f"bench {verb}" for verb in ("infer", "train", "split", "open", "link", "start")),
+        "audit run",
+        "audit observe",
         "compare",
         "report",
         "plan",

@@ -7,6 +7,7 @@ from typing import Final
 from motte.cli import (
     accelerator,
     attest,
+    audit,
     bench,
     broker,
     compare,
@@ -30,6 +31,7 @@ from motte.cli import (
 GROUPS: Final = {
     "accelerator": accelerator.app,
     "attest": attest.app,
+    "audit": audit.app,
     "bench": bench.app,
     "broker": broker.app,
     "enclave": enclave.app,

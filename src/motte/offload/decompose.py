@@ -94,12 +94,22 @@ def decompose(
         terms, share = min(rank.cap, most), rank.share
     if terms == 0:
         return Principal(x.new_zeros(x.shape[0], x.shape[1], 0), x.new_zeros(x.shape[0], 0, x.shape[2]))
+    if share is None and terms == most:
+        return _whole(x)
     # Samples depend on one another through an energy rule only: where one fits, each is read from the cache.
     step = max(1, _PIECE // max(math.prod(x.shape[1:]), 1)) if share is None and method == "als" else len(x)
     found = [_factors(piece, terms, share, iterations, method) for piece in x.split(step)]
     if len(found) == 1:
         return found[0]
     return Principal(torch.cat([each.left for each in found]), torch.cat([each.right for each in found]))
+
+
+def _whole(x: Tensor) -> Principal:
+    """Every direction is kept: X times the identity, so that the residual is zero exactly. A decomposition would leave
+    its rounding outside, and that still depends on X (docs/findings.md)."""
+    count, rows, cols = x.shape
+    one = torch.eye(min(rows, cols), dtype=x.dtype).expand(count, -1, -1)
+    return Principal(one, x.clone()) if rows <= cols else Principal(x.clone(), one)
 
 
 def _factors(x: Tensor, terms: int, share: float | None, iterations: int, method: Decomposition) -> Principal:
@@ -157,6 +167,9 @@ def decompose_multiply_adds(rows: int, cols: int, rank: int, iterations: int, me
     """
     rank = min(rank, rows, cols)
     once = rows * cols * rank
+    if rank == min(rows, cols):
+        # Nothing is decomposed; the residual, which is zero, is still formed.
+        return once
     if method == "als":
         # The last subtraction is the residual, of all terms at once.
         return once * (2 * iterations + 2) + max(rank - 1, 0) * rows * cols

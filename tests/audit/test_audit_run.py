@@ -62,7 +62,7 @@ class Planned:
 def planned(bars: Any, monkeypatch: pytest.MonkeyPatch) -> Planned:
     made = Planned(bars.Peek)
     monkeypatch.setattr(suites, "ATTACKS", {"test": ("", "")})
-    monkeypatch.setattr(suites, "load", lambda _name: made)
+    monkeypatch.setattr(suites, "load", lambda _name, **_options: made)
     return made
 
 
@@ -245,7 +245,7 @@ def test_the_command_line(
 
     # An attack that proves more than the accountant states is a failure of motte, and of this command.
     monkeypatch.setattr(suites, "ATTACKS", {"test": ("", "")})
-    monkeypatch.setattr(suites, "load", lambda _name: _Contradicts())
+    monkeypatch.setattr(suites, "load", lambda _name, **_options: _Contradicts())
     assert motte_audit(model, "--data", data, "--scheme", "trusted") == 1
     assert "an attack proves more than motte states" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from torch import nn
 import motte
 from motte.attest.configuration import RunConfiguration
 from motte.attest.evidence import Evidence
-from motte.errors import BrokerRefused, BundleError, HandshakeError, InputError, MotteError, SettingError
+from motte.errors import BrokerRefused, BundleError, HandshakeError, InputError, MotteError, ResourceError
 from motte.provision.address import BrokerAddress
 from motte.provision.registration import Registration
 from motte.seal.keys import SignerPrivateKey
@@ -93,7 +93,7 @@ def test_another_measurement_a_debug_enclave_and_no_evidence_get_no_keys(serve, 
     for issue, words in ((tampered, "measurement"), (debug, "debug")):
         with pytest.raises(BrokerRefused, match=words):
             sealed.load(served.address, issue=issue)
-    with pytest.raises(SettingError, match="no evidence of its own"):
+    with pytest.raises(ResourceError, match="the host makes no evidence"):
         sealed.load(served.address, issue=None)
 
 

@@ -187,7 +187,8 @@ def test_mutated_structures_give_a_graph_or_a_graph_error(data: st.DataObject) -
             other, other_key = options[data.draw(st.integers(0, len(options) - 1))]
             container[key] = copy.deepcopy(other[other_key]) if other_key in range_or_keys(other) else None
         else:
-            container[key] = data.draw(VALUES)
+            # A copy: what is drawn is the strategy's own, and a later turn may change what stands in it.
+            container[key] = copy.deepcopy(data.draw(VALUES))
     try:
         graph = loads(json.dumps(body))
     except GraphError:

@@ -12,6 +12,7 @@ from motte.accelerator.in_process import InProcessAccelerator
 from motte.errors import TrustError
 from motte.offload.protect import protect
 from motte.offload.settings import Asymmetric, Fixed, Gaussian, Mechanism, Schedule
+from motte.zoo import vision_ops  # noqa: F401  before torchvision
 
 Distance = Callable[[Tensor, Tensor], float]
 

@@ -31,6 +31,7 @@ from motte.plan.planner import plan_parts
 from motte.seal.keys import RecipientPrivateKey, SignerPrivateKey
 from motte.seal.manifest import Manifest
 from motte.seal.package import seal_model
+from motte.seal.run_terms import terms_of
 from motte.split.chain import run_parts
 from motte.split.oracle import weights_of
 from motte.split.split import split
@@ -144,6 +145,7 @@ def seal_many(
     words: Sequence[str] = ("all-but-first-last",),
     *,
     public: Sequence[str] | None = None,
+    peers: tuple[str, ...] = (),
 ) -> Sealed:
     """Capture, plan and seal :class:`Many`; ``public`` is what the header marks, by default what the plan needs."""
     model = many()
@@ -165,6 +167,7 @@ def seal_many(
         recipients=[recipient.public],
         signer=signer,
         public_weights=marked if public is None else public,
+        run=terms_of(plan.offload, peers=peers),
     )
     return Sealed(path, model, captured, plan, recipient, signer)
 

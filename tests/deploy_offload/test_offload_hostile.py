@@ -48,6 +48,17 @@ def test_an_accelerator_for_a_bundle_without_a_scheme_is_refused(offload_tools, 
     assert other.seen.calls == []
 
 
+def test_a_bundle_that_names_its_accelerators_is_refused_where_nobody_can_tell_them_apart(
+    offload_tools, accelerator, tmp_path: Path
+) -> None:
+    other = accelerator()
+    scheme = Asymmetric(noise=None, rank=Fixed(2))
+    sealed = offload_tools.seal_many(tmp_path, scheme, peers=(other.address,))
+    with pytest.raises(SettingError, match="cannot tell which one it was given"):
+        sealed.load(accelerator=other.address)
+    assert other.seen.calls == []
+
+
 def test_a_lie_is_found_and_nothing_is_answered(sealed, offload_tools, accelerator) -> None:
     other = accelerator(offload_tools.kinds["Liar"])
     model = sealed.load(accelerator=other.address)

@@ -249,7 +249,15 @@ class Worker:
     def _load(self, bundle: UnlockedBundle, request: OpenRequest, marks: list[float]) -> None:
         manifest = loads(bundle.manifest())
         checks = self._checks(manifest, request.precision)
-        check_terms(bundle.signed.header.run, manifest.plan.offload)
+        terms = bundle.signed.header.run
+        check_terms(terms, manifest.plan.offload)
+        if terms is not None and terms.peers and self._accelerator is not None:
+            # Its address is the host's word, and it proves nothing of itself.
+            raise SettingError(
+                "this bundle names the accelerators that may be used, and a worker cannot tell which one it was given",
+                expected=", ".join(terms.peers),
+                hint="run it without an accelerator, or let its owner name none",
+            )
         split = self._split(manifest, bundle.signed.header.public_weights)
         parts = lay_out_parts(manifest, checked=True)
         check_sizes(parts, tuple(bundle.part_bytes(index) for index in range(bundle.parts)))

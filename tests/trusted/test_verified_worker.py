@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,16 @@ def test_a_bundle_without_terms_cannot_be_verified(sealed, tmp_path: Path) -> No
     write_bundle(path, release=3, manifest=b"m", parts=[BytesPart(b"p")], recipients=recipients, signer=sealed.signer)
     with pytest.raises(InputError, match="without the terms of its runs"):
         sealed.load(path=path, verifier=verifier(), issue=issue(), engine="torch")
+
+
+def test_evidence_for_another_key_than_the_one_that_hello_named_is_refused(sealed, monkeypatch) -> None:
+    # Whoever carries HELLO puts in a key of his own: keys would be sealed to that one.
+    from motte.run import verified
+
+    def relayed(worker: Any, demand: Any, *, timeout_s: float) -> Any:
+        worker.hello = replace(worker.hello, public_key=b"\x09" * 32)
+        return verified.attested(worker, demand, timeout_s=timeout_s)
+
+    monkeypatch.setattr("motte.run.model.attested", relayed)
+    with pytest.raises(AttestationError, match="another key than the one that the worker named"):
+        sealed.load(verifier=verifier(), issue=issue())

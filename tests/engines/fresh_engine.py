@@ -126,6 +126,19 @@ def canaries_outside(array: Any) -> int:
     return count
 
 
+def least(before: int) -> int:
+    """By how much memory has grown, once what an engine gives back from a thread of its own has been given back."""
+    from motte.engines.settled import settled_bytes
+
+    growth = settled_bytes() - before
+    for _ in range(20):
+        if growth <= 0:
+            break
+        time.sleep(0.05)
+        growth = min(growth, settled_bytes() - before)
+    return growth
+
+
 def memory(engine_name: str, folder: Path) -> dict[str, Any]:
     import numpy as np
 
@@ -134,6 +147,23 @@ def memory(engine_name: str, folder: Path) -> dict[str, Any]:
 
     engine = make_engine(engine_name, threads=1)
     found: dict[str, Any] = {}
+    # First of all: what a model of before gives back late would be counted against this one, or for it.
+    graph, program, weight = _one(folder, "gemm")
+    array = engine.weight(graph, "w", memoryview(weight))
+    array[:] = CANARY
+    start = before = settled_bytes()
+    streamed = engine.compile(graph, lowered=program)
+    for turn in range(100):
+        streamed.run([np.ones((turn % 8 + 1, 2048), np.float32)], {"w": array}, {"batch": turn % 8 + 1})
+        if turn == 16:
+            before = settled_bytes()
+    found["growth"] = least(before) / MIB
+    found["held"] = least(start) / MIB
+    found["left"] = canaries_outside(array) * 4 / MIB
+    planted = array.copy()
+    found["planted"] = canaries_outside(array) * 4 / MIB
+    del planted, streamed
+    gc.collect()
     for kind in ("gather", "gemm"):
         graph, program, weight = _one(folder, kind)
         array = engine.weight(graph, "w", memoryview(weight))
@@ -148,22 +178,6 @@ def memory(engine_name: str, folder: Path) -> dict[str, Any]:
             weight[:4] = np.float32(1).tobytes()
             del bound, one, two
             gc.collect()
-    graph, program, weight = _one(folder, "gemm")
-    array = engine.weight(graph, "w", memoryview(weight))
-    array[:] = CANARY
-    start = before = settled_bytes()
-    streamed = engine.compile(graph, lowered=program)
-    for turn in range(100):
-        streamed.run([np.ones((turn % 8 + 1, 2048), np.float32)], {"w": array}, {"batch": turn % 8 + 1})
-        if turn == 16:
-            before = settled_bytes()
-    found["growth"] = (settled_bytes() - before) / MIB
-    found["held"] = (settled_bytes() - start) / MIB
-    found["left"] = canaries_outside(array) * 4 / MIB
-    planted = array.copy()
-    found["planted"] = canaries_outside(array) * 4 / MIB
-    del planted
-    array[:] = 1
     graph, program, weight = _one(folder, "wide")
     held, chain = {"w": engine.weight(graph, "w", memoryview(weight))}, []
     before = settled_bytes()

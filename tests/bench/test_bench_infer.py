@@ -97,7 +97,17 @@ def test_memory_segments_and_traces(measured: Results) -> None:
         assert {"start", "load", "first", "steady"} <= set(result.segments)
         assert ("open" in result.segments) == (mode in ("resident", "streamed", "asymmetric"))
         assert {point.segment for point in measured.trace(result.case)} >= {"first", "steady"}
-    assert {point.segment for point in measured.trace(found["resident"].case)} == {"start", "open", "first", "steady"}
+    for mode in ("resident", "streamed", "asymmetric"):
+        trace = measured.trace(found[mode].case)
+        assert {point.segment for point in trace} == {"start", "open", "first", "steady"}
+        # The counter rises with every answer: at least an input each, and where layers leave what crosses there too.
+        crossed = [point.link_bytes for point in trace]
+        assert crossed == sorted(crossed)
+        first = [point.link_bytes for point in trace if point.segment == "first"]
+        image = 2 * 3 * 8 * 8 * 4 if mode != "asymmetric" else 2 * 3 * 8 * 8 * 4 + found[mode].bytes_out * 2
+        assert image < first[-1] - first[0] < image + 64 * 1024
+        assert crossed[-1] - first[-1] >= 3 * (first[-1] - first[0]) // 2
+    assert all(point.link_bytes is None and point.missing["link_bytes"] for point in measured.trace(found["native"].case))
 
 
 def test_a_plan_that_cannot_be_is_a_reason_and_no_crash(measured: Results) -> None:

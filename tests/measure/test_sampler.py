@@ -60,7 +60,10 @@ def test_a_case_from_start_to_stop() -> None:
     sent = [0]
     with Sampler(period_s=0.02) as sampler, a_child(BUSY) as other, a_child(GROWING) as child:
         wait_up(child)
-        case, idle = sampler.recorder(link_bytes=lambda: sent[0]), sampler.recorder()
+        case, idle = sampler.recorder(), sampler.recorder()
+        case.count(lambda: sent[0])
+        with pytest.raises(MeasureError, match="counted already"):
+            case.count(lambda: 0)
         case.watch("worker", child.pid)
         idle.watch("client", os.getpid())
         case.tell("worker", lambda: Told(report_self(), model_bytes=123))
@@ -275,7 +278,8 @@ def test_a_counter_that_fails_is_an_error_and_not_its_last_value() -> None:
         return 1 // (3 - min(3, len(calls)))
 
     with Sampler(period_s=0.005) as sampler:
-        case = sampler.recorder(link_bytes=count)
+        case = sampler.recorder()
+        case.count(count)
         case.watch("client", os.getpid())
         while len(calls) < 3:
             time.sleep(0.01)

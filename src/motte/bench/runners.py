@@ -19,10 +19,11 @@ from motte.bench.peer import Peer, PeerSpec
 from motte.bench.request import Request
 from motte.bench.subject import Subject
 from motte.bench.tracing import Marks
+from motte.link.local import Link
 from motte.measure.traces import Told
 from motte.run.model import Model, load
 from motte.run.settings import LoadSettings
-from motte.run.starting import start_worker
+from motte.run.starting import start
 from motte.run.tensors import from_wire, to_wire
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ TIMEOUT_S: Final = 600.0
 NOT_SEALED: Final = "nothing is sealed: it runs unprotected"
 NO_EVIDENCE: Final = "this kind of enclave has no evidence"
 SIGNED_WHILE_BUILT: Final = "the signature is made while the bundle is written, and is part of build"
-_STARTS: Final = ("start worker",)
 _ATTESTS: Final = ("attest",)
 
 
@@ -81,7 +81,8 @@ class PeerRunner:
         self.segments: dict[str, float] = {}
         self.missing = dict.fromkeys(("sign", "open"), NOT_SEALED) | {"attest": "nothing is attested"}
         self._weight_bytes = subject.weight_bytes
-        outside = case.mode == "accelerator"
+        self._outside = outside = case.mode == "accelerator"
+        self._crossed = self._each = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._peer: Peer | None = None
         try:
@@ -96,14 +97,18 @@ class PeerRunner:
                     self.segments["build"] = exporting.load_s
             else:
                 self.missing["build"] = "nothing is built: the eager module runs as it is"
+            if outside:
+                marks.count(lambda: self._crossed)
             self._peer = Peer(self._spec(request, model, subject, "infer", exported), marks)
             self.segments |= {"start": self._peer.start_s, "load": self._peer.load_s}
             with marks.segment("first", since="request sent", until="answer received"):
                 self.segments["first"] = self._peer.timed_run()
+                if outside:
+                    books = self._peer.books()
+                    self._crossed = self._each = int(books["input_bytes"]) + int(books["output_bytes"])
         except BaseException:
             self.close()
             raise
-        self._outside = outside
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -113,6 +118,7 @@ class PeerRunner:
     def run(self) -> None:
         """See :class:`Runner`."""
         self._running.run()
+        self._crossed += self._each
 
     def answer(self, inputs: Arrays) -> Sequence[NDArray[Any]]:
         """See :class:`Runner`."""
@@ -175,7 +181,10 @@ class SealedRunner:
         self._wire = [to_wire(inputs[spec.name], where=spec.name) for spec in subject.inputs]
         self._names = [spec.name for spec in subject.inputs]
         self._bound = sealed.streamed_need_bytes() if case.mode == "streamed" else None
-        self._start_s: float | None = None
+        self._start_s = 0.0
+        self._link: Link | None = None
+        self._beside = self._asked = 0
+        marks.count(self._crossed)
         self._model = self._load(sealed, _settings(case, request, self._bound, subject), marks)
         try:
             self.simulated = self._model.simulated
@@ -184,7 +193,7 @@ class SealedRunner:
             self.segments = self._before_first(sealed)
             with marks.segment("first", since="request sent", until="answer received"):
                 began = time.perf_counter()
-                self._latest: Answered = self._model.run(self._wire)
+                self.run()
                 self.segments["first"] = time.perf_counter() - began
         except BaseException:
             self._model.close()
@@ -197,7 +206,9 @@ class SealedRunner:
 
     def run(self) -> None:
         """See :class:`Runner`."""
-        self._latest = self._model.run(self._wire)
+        self._latest: Answered = self._model.run(self._wire)
+        if self._latest.outside is not None:
+            self._beside += self._latest.outside.sent_bytes + self._latest.outside.received_bytes
 
     def answer(self, inputs: Arrays) -> Sequence[NDArray[Any]]:
         """See :class:`Runner`."""
@@ -223,39 +234,33 @@ class SealedRunner:
         self._model.close()
 
     def _told(self) -> Told:
-        return Told(model_bytes=int(self._model.stats()["weight_resident_bytes"]))
+        before = self._model.crossed_bytes
+        told = Told(model_bytes=int(self._model.stats()["weight_resident_bytes"]))
+        # The bench's own questions are nothing that the case sends.
+        self._asked += self._model.crossed_bytes - before
+        return told
+
+    def _crossed(self) -> int:
+        return 0 if self._link is None else self._link.crossed_bytes - self._asked + self._beside
 
     def _load(self, sealed: SealedModel, settings: LoadSettings, marks: Marks) -> Model:
-        if settings.accelerator is not None:
-            # The worker gets its link to the accelerator when it is spawned, so start and open are one call; their
-            # seconds are known all the same, but no mark can stand between them.
-            model = load(sealed.path, keys=sealed.key, signer=sealed.signer, settings=settings)
-            return self._watched(model, marks)
         with marks.segment("start", since="process spawned", until="its first frame received"):
             began = time.perf_counter()
-            worker = start_worker(settings, threads=settings.threads, engine=settings.engine)
+            started = start(settings, threads=settings.threads, engine=settings.engine)
             self._start_s = time.perf_counter() - began
+            self._link = started.worker.link
             try:
                 if self.case.enclave != "vm":  # whose processes are another kernel's
-                    marks.watch("worker", worker.pid)
+                    marks.watch("worker", started.worker.pid)
             except BaseException:
-                worker.kill()
+                started.kill()
                 raise
         try:
             with marks.segment("open", since="bundle given", until="worker ready"):
-                return load(sealed.path, keys=sealed.key, signer=sealed.signer, settings=settings, worker=worker)
+                return load(sealed.path, keys=sealed.key, signer=sealed.signer, settings=settings, worker=started)
         except BaseException:
-            worker.kill()
+            started.kill()
             raise
-
-    @staticmethod
-    def _watched(model: Model, marks: Marks) -> Model:
-        try:
-            marks.watch("worker", model.pid)
-        except BaseException:
-            model.close()
-            raise
-        return model
 
     def _before_first(self, sealed: SealedModel) -> dict[str, float]:
         spans = {each.name: each.seconds for each in self._model.clock.segments().items}
@@ -264,8 +269,7 @@ class SealedRunner:
             self.missing["build"] = "the bundle was there already, and nobody noted how long it took"
         else:
             found["build"] = sealed.build_s
-        started = [spans.pop(name, 0.0) for name in _STARTS]
-        found["start"] = sum(started) if self._start_s is None else self._start_s
+        found["start"] = self._start_s
         attest = [spans.pop(name) for name in _ATTESTS if name in spans]
         if attest:
             found["attest"] = sum(attest)

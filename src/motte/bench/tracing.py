@@ -59,6 +59,10 @@ class Marks(Protocol):
         """The block is a stretch of the segment ``name``."""
         ...
 
+    def count(self, crossed: Callable[[], int]) -> None:
+        """Ask ``crossed`` for the bytes over the link so far, often and from a thread."""
+        ...
+
 
 class NoMarks:
     """For a case that is not traced."""
@@ -72,6 +76,9 @@ class NoMarks:
     def segment(self, name: str, *, since: str, until: str) -> AbstractContextManager[None]:
         """Nothing."""
         return nullcontext()
+
+    def count(self, crossed: Callable[[], int]) -> None:
+        """Nothing."""
 
 
 class Tracer:

@@ -38,6 +38,8 @@ class Link:
         self._recorder = recorder
         self._sent = 0
         self._received = 0
+        self.crossed_bytes = 0
+        """Bytes of frames so far, both ways; TLS around them is not counted."""
         self._seal: ChannelCipher | None = None
         self._open: ChannelCipher | None = None
         self._clear_error_allowed = False
@@ -69,6 +71,7 @@ class Link:
         raw = header.encode()
         payload = plain if self._seal is None else self._seal.seal(memoryview(plain), raw)
         self._record("sent", raw, payload)
+        size = len(raw) + len(payload)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         left = [memoryview(raw), memoryview(payload)]
         try:
@@ -86,6 +89,7 @@ class Link:
         except OSError as problem:
             raise PeerClosed("the link was closed while sending", where=self._peer, got=str(problem)) from problem
         self._sent += 1
+        self.crossed_bytes += size
 
     def receive(self, *, timeout_s: float | None = None) -> Frame:
         """Receive one frame: copied in, checked, then returned.
@@ -109,6 +113,7 @@ class Link:
             )
         payload = self._exactly(header.payload_bytes, deadline, timeout_s)
         self._record("received", raw, payload)
+        self.crossed_bytes += len(raw) + len(payload)
         if self._open is not None and not refused:
             self._clear_error_allowed = False
             try:

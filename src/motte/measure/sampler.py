@@ -48,7 +48,7 @@ _EXIT_WAIT_S: Final = 10.0
 class Recorder:
     """Marks the segments of one case. Made by :meth:`Sampler.recorder`; for one thread."""
 
-    def __init__(self, sampler: Sampler, key: str, link_bytes: Callable[[], int] | None) -> None:
+    def __init__(self, sampler: Sampler, key: str) -> None:
         self._sampler = sampler
         self.key = key
         self._tell: dict[str, Callable[[], Told]] = {}
@@ -56,7 +56,7 @@ class Recorder:
         self._open: str | None = None
         self._samples: list[Sample] = []
         self._stretches: list[Segment] = []
-        self.meter = None if link_bytes is None else _LinkMeter(link_bytes, sampler.period_s)
+        self.meter: _LinkMeter | None = None
 
     def watch(self, name: str, pid: int) -> None:
         """Sample the process ``pid`` from now on, under ``name``. Within a segment, the first reading is part of it.
@@ -85,6 +85,18 @@ class Recorder:
         if name not in self._watched:
             raise MeasureError("nothing of this name is watched", got=name)
         self._tell[name] = ask
+
+    def count(self, crossed: Callable[[], int]) -> None:
+        """Have ``crossed`` say from now on how many bytes crossed the case's link since its start.
+
+        It is called at 20 Hz from a thread, so let it be quick and safe to call at any time.
+
+        Raises:
+            MeasureError: they are counted already.
+        """
+        if self.meter is not None:
+            raise MeasureError("the bytes of this link are counted already")
+        self.meter = _LinkMeter(crossed, self._sampler.period_s)
 
     @contextmanager
     def segment(self, name: str, *, since: str, until: str) -> Iterator[None]:
@@ -175,14 +187,9 @@ class Sampler:
                 recorder.meter.stop()
         self._end()
 
-    def recorder(self, *, link_bytes: Callable[[], int] | None = None) -> Recorder:
-        """A recorder for one case.
-
-        Args:
-            link_bytes: how many bytes crossed the case's link so far; called at 20 Hz from a thread, so let it be
-                quick and safe to call at any time.
-        """
-        made = Recorder(self, str(len(self._recorders)), link_bytes)
+    def recorder(self) -> Recorder:
+        """A recorder for one case."""
+        made = Recorder(self, str(len(self._recorders)))
         self._recorders.append(made)
         return made
 

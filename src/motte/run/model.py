@@ -22,7 +22,7 @@ from motte.attest.configuration import RunConfiguration
 from motte.capture.graph import Dim, Value
 from motte.capture.signature import Signature, from_json
 from motte.enclave.host_service import Issue
-from motte.enclave.process import AcceleratorLink, WorkerProcess
+from motte.enclave.process import WorkerProcess
 from motte.errors import FrameError, InputError, MotteError, SettingError, WorkerClosed
 from motte.limits import MAX_LOWERED_CHECKS
 from motte.link.frames import Frame, Kind, WireTensor
@@ -33,10 +33,10 @@ from motte.measure.self_report import SelfReport
 from motte.provision.address import BrokerAddress
 from motte.provision.client import BrokerClient
 from motte.provision.grant import make_grant, make_session_grant
-from motte.run.accelerator import AcceleratorPeer, open_peer
+from motte.run.accelerator import AcceleratorPeer
 from motte.run.key_release import carry, check_broker
 from motte.run.settings import AUTO, LoadSettings
-from motte.run.starting import start_worker
+from motte.run.starting import Started, start
 from motte.run.tensors import from_wire, to_wire
 from motte.run.told import (
     Answered,
@@ -179,6 +179,11 @@ class Model:
             return outputs[0]
         return dict(zip(self.output_names, outputs, strict=True))
 
+    @property
+    def crossed_bytes(self) -> int:
+        """Bytes of frames that crossed between us and the worker so far, both ways; the bundle's file is not in it."""
+        return self._worker.link.crossed_bytes
+
     def run(self, inputs: Sequence[WireTensor]) -> Answered:
         """Run on tensors in wire form; see :meth:`__call__` for what it raises."""
         answer = self._request(Frame(Kind.RUN, {}, inputs))
@@ -268,7 +273,7 @@ def load(
     signer: SignerPublicKey | str | os.PathLike[str],
     settings: LoadSettings | None = None,
     recorder: Recorder | None = None,
-    worker: WorkerProcess | None = None,
+    worker: WorkerProcess | Started | None = None,
     issue: Issue | None = None,
     verifier: Verifier | None = None,
     **options: Any,
@@ -311,7 +316,7 @@ def _load(
     signer: SignerPublicKey | str | os.PathLike[str],
     chosen: LoadSettings,
     recorder: Recorder | None,
-    started: WorkerProcess | None,
+    started: WorkerProcess | Started | None,
     issue: Issue | None,
     verifier: Verifier | None,
 ) -> Model:
@@ -325,6 +330,7 @@ def _load(
         if isinstance(signer, SignerPublicKey)
         else load_public(signer if isinstance(signer, str) else Path(signer), SignerPublicKey)
     )
+    begun = Started(started) if isinstance(started, WorkerProcess) else started
     clock = Clock()
     with (
         clock.segment("read header", since="path given", until="key-encryption key unwrapped, engine chosen"),
@@ -336,35 +342,21 @@ def _load(
             check_broker(header, private)
         else:
             kek = bundle.unwrap(private)
-        engine, why = _engine(bundle, kek, chosen, started)
+        engine, why = _engine(bundle, kek, chosen, begun)
     threads = chosen.threads or len(os.sched_getaffinity(0))
-    if started is not None:
-        _check_started(started, chosen)
-    peer = None if chosen.accelerator is None else open_peer(chosen.accelerator, timeout_s=chosen.timeout_s)
+    if begun is not None:
+        _check_started(begun, chosen)
+    else:
+        with clock.segment("start worker", since="process spawned", until="its first frame received"):
+            begun = start(chosen, threads=threads, engine=engine, recorder=recorder)
     try:
-        worker = started
-        if worker is None:
-            with clock.segment("start worker", since="process spawned", until="its first frame received"):
-                worker = start_worker(
-                    chosen, threads=threads, engine=engine, recorder=recorder, accelerator=_handed_over(peer, chosen)
-                )
-    except BaseException:
-        if peer is not None:
-            peer.close()
-        raise
-    try:
-        if peer is not None:
-            # The worker alone holds that end from here on: when it ends, the accelerator sees it.
-            peer.hand_over()
         broker = private if isinstance(private, BrokerAddress) else None
         demand = None if verifier is None else verifier.demand(RunConfiguration.of(header).digest())
         opening = _Opening(path, header, kek, broker, demanded, issue, demand)
-        ready, verdict = _open_in(worker, opening, chosen, clock)
-        return Model(worker, ready.meta, chosen, clock, peer, why, verdict)
+        ready, verdict = _open_in(begun.worker, opening, chosen, clock)
+        return Model(begun.worker, ready.meta, chosen, clock, begun.accelerator, why, verdict)
     except BaseException:
-        worker.kill()
-        if peer is not None:
-            peer.close()
+        begun.kill()
         raise
 
 
@@ -424,11 +416,11 @@ def _open_in(
 
 
 def _engine(
-    bundle: SignedBundle, kek: KeyEncryptionKey | None, settings: LoadSettings, started: WorkerProcess | None
+    bundle: SignedBundle, kek: KeyEncryptionKey | None, settings: LoadSettings, started: Started | None
 ) -> tuple[str, str]:
     """Which engine the worker gets, and why."""
     if started is not None:
-        return started.hello.engine, "the worker was started with it"
+        return started.worker.hello.engine, "the worker was started with it"
     if settings.engine != AUTO:
         return settings.engine, "asked for"
     if settings.accelerator is not None:
@@ -443,19 +435,19 @@ def _engine(
     return "onnxruntime", "every part is lowered"
 
 
-def _check_started(worker: WorkerProcess, settings: LoadSettings) -> None:
+def _check_started(started: Started, settings: LoadSettings) -> None:
     """Refuse settings that a worker which runs already cannot follow.
 
     Raises:
-        SettingError: another engine or precision than it was started with, an accelerator, another thread count.
+        SettingError: another engine, precision, accelerator or number of threads than it was started with.
     """
-    hello = worker.hello
+    hello = started.worker.hello
     engine = hello.engine if settings.engine == AUTO else settings.engine
     wanted = {
         "engine": (engine, hello.engine),
         "precision": (settings.precision, hello.precision),
         "threads": (str(settings.threads or hello.threads), str(hello.threads)),
-        "accelerator": (str(settings.accelerator), "None"),
+        "accelerator": (str(settings.accelerator), str(started.address)),
     }
     for name, (asked, has) in wanted.items():
         if asked != has:
@@ -471,13 +463,6 @@ def _settings(settings: LoadSettings | None, options: Mapping[str, Any]) -> Load
             "unknown setting", got=", ".join(unknown), expected=", ".join(LoadSettings.__dataclass_fields__)
         )
     return settings or LoadSettings(**options)
-
-
-def _handed_over(peer: AcceleratorPeer | None, settings: LoadSettings) -> AcceleratorLink | None:
-    if peer is None:
-        return None
-    # A wait and one more try fit into our own time limit, so that the worker's error arrives, which says more.
-    return AcceleratorLink(peer.fileno(), peer.name, settings.timeout_s / 3)
 
 
 def offer_bundle(worker: WorkerProcess, path: Path, meta: dict[str, Any], settings: LoadSettings) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from motte.accelerator.calculator import Calculator
 from motte.errors import InputError, IntegrityError
 from motte.linear.operation import LinearOperation
-from motte.offload import integrity
+from motte.offload import integrity, projection
 from motte.offload.integrity import (
     Tolerance,
     check_forward,
@@ -115,8 +115,11 @@ def passes(product: Asked, answer: Tensor, vectors: int) -> bool:
 
 # --- honest accelerators are not accused ------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_honest_products_of_every_shape_pass(cases: Any, dtype: torch.dtype) -> None:
+def test_honest_products_of_every_shape_pass(cases: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, case in enumerate(cases(84, 6)):
+        # Few products take another way than many.
+        monkeypatch.setattr(projection, "_FEW_PRODUCTS", number % 2 << 20)
+        monkeypatch.setattr(projection, "_BLOCK", 64 << 12 * (number % 2))
         x, weight, gradient = case.tensors(dtype)
         for product in honest(case.operation, x, weight, gradient).values():
             product.check(product.answer, number % 3 + 1)
@@ -190,6 +193,25 @@ def test_lies_are_caught(operation: LinearOperation, dtype: torch.dtype, lie: st
             product.check(LIES[lie](product.answer), 8)
         assert "layer a" in str(caught.value), name
         assert ("not finite" in str(caught.value)) == (lie in ("not a number", "infinite", "all infinite"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operation", SHAPES)
+def test_the_side_of_a_constant_weight_says_the_same(operation: LinearOperation, dtype: torch.dtype) -> None:
+    weight = torch.randn(operation.weight_shape, dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
+    side = integrity.weight_side(operation, weight, dtype)
+    calculator = Calculator()
+    calculator.register(0, operation)
+    calculator.put_weight(0, weight)
+    for number in range(2):
+        x = torch.randn(SHAPES[operation]).to(dtype)
+        y = calculator.forward(0, x, hold=number)
+        check_forward(operation, x, side, y, vectors=2, where="a")
+        with pytest.raises(IntegrityError, match="not the product"):
+            check_forward(operation, x, side, y + y.abs().mean(), vectors=2, where="a")
+    other = torch.float32 if dtype == torch.float64 else torch.float64
+    with pytest.raises(InputError, match="another dtype"):
+        check_forward(operation, x.to(other), side, y, vectors=2, where="a")
 
 
 def test_yesterdays_answer_is_caught() -> None:

@@ -14,6 +14,7 @@ from motte.offload import projection
 from motte.offload.projection import (
     GRID,
     SPREAD,
+    ChannelWeights,
     Geometry,
     draw,
     energies,
@@ -30,6 +31,7 @@ def test_few_channels_equal_the_operator_and_its_transpose(
 ) -> None:
     monkeypatch.setattr(projection, "_MOST_OFFSETS", 0 if ordinary else 10**9)
     monkeypatch.setattr(projection, "_WASTE", 10**9)
+    monkeypatch.setattr(projection, "_FEW_PRODUCTS", 0)
     for case in cases(48, 4, batches=(1, 2)):
         operation, few = case.operation, 2
         if operation.family != "conv":
@@ -65,7 +67,7 @@ def test_few_channels_equal_the_operator_and_its_transpose(
         torch.testing.assert_close(got.reshape(want.shape), want)
 
 
-def test_large_strides_take_the_ordinary_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_strides_and_few_products_take_the_ordinary_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
     plain = projection.compute.forward
 
@@ -75,9 +77,15 @@ def test_large_strides_take_the_ordinary_kernel(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(projection.compute, "forward", spy)
     geometry = Geometry(1, (4, 4), (4, 4), (0, 0), (1, 1))
+    monkeypatch.setattr(projection, "_FEW_PRODUCTS", 100)
     few_channels(geometry, torch.randn(1, 3, 8, 8), torch.randn(1, 2, 3, 16), (2, 2), gathers=True)
     few_channels(geometry, torch.randn(1, 3, 2, 2), torch.randn(1, 2, 3, 16), (8, 8), gathers=False)
     assert taken == ["conv"]
+    # 2 * 3 * 16 weights at one position; a kernel of one offset is a matrix product either way.
+    one = Geometry(1, (1, 1), (1, 1), (0, 0), (1, 1))
+    few_channels(one, torch.randn(1, 3, 2, 2), torch.randn(1, 2, 3, 1), (2, 2), gathers=True)
+    few_channels(geometry, torch.randn(1, 3, 4, 4), torch.randn(1, 2, 3, 16), (1, 1), gathers=True)
+    assert taken == ["conv", "conv"]
 
 
 def test_moved_maps_give_the_weight_gradient(cases: Any) -> None:
@@ -125,11 +133,17 @@ def test_small_projections_are_as_rare_as_balls_theorem_says(errors: list[float]
         assert rate <= bound + 5 * math.sqrt(bound / len(r))
 
 
-def test_energies_of_any_scale() -> None:
+@pytest.mark.parametrize("block", [1 << 18, 4])
+def test_energies_of_any_scale(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(projection, "_BLOCK", block)
+    plain = torch.rand(3, 4, dtype=torch.float64)
+    for near in (torch.randn(2, 3, 4, 5), torch.randn(2, 3, 5, 4).transpose(2, 3), torch.zeros(2, 3, 4, 5)):
+        want = (near.double().square() * plain.view(1, 3, 4, 1)).sum(2)
+        torch.testing.assert_close(energies(near, ChannelWeights.of(plain)), want, rtol=1e-6, atol=0)
     maps = torch.randn(2, 3, 4, 5) * 10.0 ** torch.linspace(-30, 30, 4).view(1, 1, 4, 1)
     weights = 10.0 ** torch.linspace(60, -60, 4, dtype=torch.float64).expand(3, 4)
     want = (maps.double().square() * weights.view(1, 3, 4, 1)).sum(2)
-    torch.testing.assert_close(energies(maps, weights), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(energies(maps, ChannelWeights.of(weights)), want, rtol=1e-12, atol=0)
     torch.testing.assert_close(energies(maps), maps.double().square().sum(2), rtol=1e-12, atol=0)
     assert energies(maps[:0]).shape == (0, 3, 5)
 
@@ -150,7 +164,8 @@ def test_sums_of_squares_are_the_same_in_blocks(
     for laid in (maps, maps.transpose(2, 3).contiguous().transpose(2, 3)):
         for rows in (None, weights):
             want = (maps.double().square() * (1 if rows is None else rows.double().view(1, 2, 4, 1))).sum(2)
-            torch.testing.assert_close(energies(laid, rows, room), want, rtol=1e-6, atol=0)
+            per_channel = None if rows is None else ChannelWeights.of(rows)
+            torch.testing.assert_close(energies(laid, per_channel, room), want, rtol=1e-6, atol=0)
         torch.testing.assert_close(fourth_powers(laid, room), maps.double().pow(4).sum((0, 3)), rtol=1e-6, atol=0)
 
 
@@ -166,7 +181,8 @@ def test_positions_whose_squares_are_lost_in_float32_are_summed_again(share: flo
         for weights in (None, torch.rand(2, 4, generator=generator)):
             rows = 1 if weights is None else weights.double().view(1, 2, 4, 1)
             want = (scaled.double().square() * rows).sum(2)
-            torch.testing.assert_close(energies(scaled, weights), want, rtol=1e-6, atol=0)
+            per_channel = None if weights is None else ChannelWeights.of(weights)
+            torch.testing.assert_close(energies(scaled, per_channel), want, rtol=1e-6, atol=0)
     bad = maps.clone()
     bad[1, 0, 2, 3], bad[0, 1, 1, 7] = math.nan, math.inf
     sums = energies(bad)

@@ -26,6 +26,8 @@ def as_written(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return function(*args, **kwargs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 

@@ -54,6 +54,7 @@ from motte.offload.arithmetic import as_written, computing_dtype, known_dtype
 from motte.offload.projection import (
     GRID,
     SPREAD,
+    ChannelWeights,
     Geometry,
     Room,
     draw,
@@ -104,20 +105,34 @@ def detectable(tolerance: Tolerance, channels: int) -> Tensor:
 
 @as_written
 def check_forward(
-    operation: LinearOperation, x: Tensor, weight: Tensor, y: Tensor, *, vectors: int, where: str
+    operation: LinearOperation,
+    x: Tensor,
+    weight: Tensor | WeightSide,
+    y: Tensor,
+    *,
+    vectors: int,
+    where: str,
 ) -> None:
     """Check that y is the operator's output for x.
 
     Args:
         x: what was sent, (N, C, *spatial) or (N, *, C); bfloat16 means that the accelerator multiplies in bfloat16.
-        weight: as sent; it is rounded to x's dtype, as the accelerator does.
+        weight: as sent; it is rounded to x's dtype, as the accelerator does. Or its :func:`weight_side` for x's dtype.
         y: **unverified**, copied in, not changed by anyone any more; float32 or float64.
         vectors: random vectors, 1 or more. where: layer and step, for the message.
 
     Raises:
         IntegrityError: it is not, or it is not finite, or magnitudes are too large for any bound.
     """
-    _run(_forward(operation, x, weight, y), vectors, where)
+    side = weight if isinstance(weight, WeightSide) else _forward_side(operation, weight, x.dtype)
+    _run(_forward(operation, x, side, y), vectors, where)
+
+
+@as_written
+def weight_side(operation: LinearOperation, weight: Tensor, sent: torch.dtype) -> WeightSide:
+    """What :func:`check_forward` needs of the weight alone, for inputs that are sent as ``sent``. For a weight that
+    stays the same: it may hold the weight itself, which is **not to be changed** while this is used."""
+    return _forward_side(operation, weight, sent)
 
 
 @as_written
@@ -161,7 +176,7 @@ def check_weight_gradient(
 @as_written
 def forward_tolerance(operation: LinearOperation, x: Tensor, weight: Tensor, y: Tensor, *, vectors: int) -> Tolerance:
     """What :func:`check_forward` tolerates: (N, groups, positions); (1, 1, tokens) for a linear layer."""
-    return _forward(operation, x, weight, y).tolerance(vectors)
+    return _forward(operation, x, _forward_side(operation, weight, x.dtype), y).tolerance(vectors)
 
 
 @as_written
@@ -244,19 +259,38 @@ def _cheaper_side(operation: LinearOperation, inputs: int, outputs: int, vectors
 
 # --- forward and gradient to the input --------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
+class WeightSide:
+    """What a check of a product with positions needs of its weight alone.
+
+    Attributes:
+        values: (G, P, D, offsets), in the computing dtype.
+        sent: the dtype that it was rounded to first.
+        magnitudes: (G, D): sum of squares over P, at the kernel offset where it is largest.
+    """
+
+    geometry: Geometry
+    values: Tensor
+    sent: torch.dtype
+    magnitudes: ChannelWeights
+
+
+@dataclass(frozen=True, slots=True)
 class _Product:
     """A product whose answer has positions: the output, or the gradient to the input."""
 
     name: str
-    geometry: Geometry
+    side: WeightSide
     data: Tensor  # (N, G * D, *spatial), as sent; (1, D, tokens) for a linear layer
-    weight: Tensor  # (G, P, D, offsets), in the computing dtype
     answer: Tensor  # (N, G * P, *extents), unverified
     gathers: bool
     shape: tuple[int, ...]  # of the answer as it came, for messages
     linear: bool
-    magnitudes: Tensor  # (G, D): sum of squares over P, at the kernel offset where it is largest
     room: Room
+
+    @property
+    def weight(self) -> Tensor:
+        """(G, P, D, offsets), in the computing dtype."""
+        return self.side.values
 
     def pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         for start, stop, axis in _ranges(self.data, self.answer, self.linear):
@@ -266,7 +300,7 @@ class _Product:
     def largest_products(self, data: Tensor) -> Tensor:
         """P of a piece."""
         groups, _, inner, offsets = self.weight.shape
-        there = energies(data.reshape(len(data), groups, inner, -1), self.magnitudes, self.room).mul_(offsets)
+        there = energies(data.reshape(len(data), groups, inner, -1), self.side.magnitudes, self.room).mul_(offsets)
         if not self.linear:
             there = there.amax(2, keepdim=True) if there.shape[2] else there.new_zeros(*there.shape[:2], 1)
         return there.sqrt()
@@ -297,7 +331,7 @@ def _run(product: _Product, vectors: int, where: str) -> None:
     weight = _mixed_weight(r, product.weight)
     for start, data, answer in product.pieces():
         ours = few_channels(
-            product.geometry, data, weight, answer.shape[2:], gathers=product.gathers, room=product.room
+            product.side.geometry, data, weight, answer.shape[2:], gathers=product.gathers, room=product.room
         )
         # All that reads the data, then all that reads the answer, so that the second pass over each finds it cached.
         products = product.largest_products(data)
@@ -332,13 +366,15 @@ def _mixed_weight(r: Tensor, weight: Tensor) -> Tensor:
     return mix(r, weight.reshape(1, groups, channels, inner * offsets)).view(groups, -1, inner, offsets)
 
 
-def _forward(operation: LinearOperation, x: Tensor, weight: Tensor, y: Tensor) -> _Product:
-    _expect("output", y, operation.output_shape(x.shape))
-    transposed = operation.family == "conv_transpose"
-    split = _split_weight(operation, weight, x.dtype)
+def _forward_side(operation: LinearOperation, weight: Tensor, sent: torch.dtype) -> WeightSide:
+    split = _split_weight(operation, weight, sent)
     # Channels of the answer before those of the data; a transposed convolution's weight has its input's first.
-    arranged = split.transpose(1, 2) if transposed else split
-    return _product("output", operation, x, arranged, y, gathers=not transposed)
+    return _side(operation, split.transpose(1, 2) if operation.family == "conv_transpose" else split, sent)
+
+
+def _forward(operation: LinearOperation, x: Tensor, side: WeightSide, y: Tensor) -> _Product:
+    _expect("output", y, operation.output_shape(x.shape))
+    return _product("output", operation, x, side, y, gathers=operation.family != "conv_transpose")
 
 
 def _input_gradient(
@@ -347,27 +383,31 @@ def _input_gradient(
     _expect("gradient to the input", answer, shape)
     transposed = operation.family == "conv_transpose"
     split = _split_weight(operation, weight, gradient.dtype)
-    arranged = split if transposed else split.transpose(1, 2)
-    return _product("gradient to the input", operation, gradient, arranged, answer, gathers=transposed)
+    side = _side(operation, split if transposed else split.transpose(1, 2), gradient.dtype)
+    return _product("gradient to the input", operation, gradient, side, answer, gathers=transposed)
 
 
 def _product(
-    name: str, operation: LinearOperation, data: Tensor, weight: Tensor, answer: Tensor, *, gathers: bool
+    name: str, operation: LinearOperation, data: Tensor, side: WeightSide, answer: Tensor, *, gathers: bool
 ) -> _Product:
     known_dtype(data, "what was sent")
+    if side.sent is not data.dtype:
+        raise InputError("the weight was prepared for another dtype", expected=str(side.sent), got=str(data.dtype))
     linear = operation.family == "linear"
-    groups, channels, inner, offsets = weight.shape
-    room = Room()
-    if offsets == 1:
-        columns = energies(weight.squeeze(3).unsqueeze(0), room=room)
-    elif _turned(weight):
-        columns = energies(weight.transpose(1, 2).reshape(groups * inner, 1, channels, offsets), room=room)
-    else:
-        columns = energies(weight.reshape(1, groups, channels, inner * offsets), room=room)
-    magnitudes = columns.view(groups, inner, offsets).amax(2)
-    sides = _maps(data, linear), _maps(answer, linear)
     shape = tuple(answer.shape)
-    return _Product(name, Geometry.of(operation), sides[0], weight, sides[1], gathers, shape, linear, magnitudes, room)
+    return _Product(name, side, _maps(data, linear), _maps(answer, linear), gathers, shape, linear, Room())
+
+
+def _side(operation: LinearOperation, weight: Tensor, sent: torch.dtype) -> WeightSide:
+    groups, channels, inner, offsets = weight.shape
+    if offsets == 1:
+        columns = energies(weight.squeeze(3).unsqueeze(0))
+    elif _turned(weight):
+        columns = energies(weight.transpose(1, 2).reshape(groups * inner, 1, channels, offsets))
+    else:
+        columns = energies(weight.reshape(1, groups, channels, inner * offsets))
+    magnitudes = ChannelWeights.of(columns.view(groups, inner, offsets).amax(2))
+    return WeightSide(Geometry.of(operation), weight, sent, magnitudes)
 
 
 # --- gradient to the weight -------------------------------------------------------------------------------------------

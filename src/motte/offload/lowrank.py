@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -169,6 +170,7 @@ def _gradient_factored(operation: LinearOperation, shape: Sequence[int], rank: i
 
 
 # --- the products ---------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=4096)
 def _narrow(operation: LinearOperation, rank: int) -> LinearOperation:
     """The same geometry with ``rank`` input channels and no groups."""
     return LinearOperation(

@@ -75,6 +75,7 @@ class SplitLayer:
         self._known = False
         self._sent_weight: Tensor | None = None
         self._constant: tuple[int, int, int] | None = None
+        self._side: integrity.WeightSide | None = None
 
     def infer(self, x: Tensor, weight: Tensor) -> Tensor:
         """The product for a weight that nobody changes between calls; nothing is kept. No bias, no autograd.
@@ -93,6 +94,8 @@ class SplitLayer:
         """
         if x.shape[0] == 0:
             return compute.forward(self.operation, x, weight), None
+        if keep and self.session.cautions is not None:
+            self.session.cautions.forward(self.name, self.operation, x.shape)
         try:
             return self._forward(x, weight, keep, constant)
         except (LinkError, FormatError, TrustError, ResourceError):
@@ -107,6 +110,8 @@ class SplitLayer:
         Raises:
             IntegrityError: the accelerator lied. LinkError, FrameError: it did not answer properly.
         """
+        if need_weight and self.session.cautions is not None:
+            self.session.cautions.weight_gradient()
         try:
             return self._backward(kept, weight, gradient, need_input, need_weight)
         except (LinkError, FormatError, TrustError, ResourceError):
@@ -152,8 +157,9 @@ class SplitLayer:
             answer = pending.result()
         if scheme.integrity == "freivalds":
             with self._span(now, "check"):
+                known = self._checked_weight(weight, piece.sent.dtype)
                 integrity.check_forward(
-                    self.operation, piece.sent, weight, answer, vectors=scheme.integrity_vectors, where=self._where()
+                    self.operation, piece.sent, known, answer, vectors=scheme.integrity_vectors, where=self._where()
                 )
         with self._span(now, "merge"):
             return y.add_(answer) if y.dtype == answer.dtype else y.add_(answer.to(y.dtype))
@@ -279,14 +285,22 @@ class SplitLayer:
             identity = (id(weight), weight.data_ptr(), weight._version)
             if self._constant == identity:
                 return
-            self._constant, self._sent_weight = identity, None
+            self._constant, self._sent_weight, self._side = identity, None, None
         else:
             # Compared by value: version counters miss what is written through ``parameter.data``.
             known = self._sent_weight
             if known is not None and known.dtype == weight.dtype and torch.equal(known, weight):
                 return
-            self._constant, self._sent_weight = None, weight.detach().clone()
+            self._constant, self._sent_weight, self._side = None, weight.detach().clone(), None
         self.session.accelerator.put_weight(self._registered(), weight.detach())
+
+    def _checked_weight(self, weight: Tensor, sent: torch.dtype) -> integrity.WeightSide:
+        """What the check compares with; while the weight stays the same, what depends on it alone stays too."""
+        if self._side is None or self._side.sent is not sent:
+            # Of our own copy where we have one, which nobody changes.
+            own = weight if self._sent_weight is None else self._sent_weight
+            self._side = integrity.weight_side(self.operation, own, sent)
+        return self._side
 
     def _hold(self) -> Held:
         return Held(self.session.accelerator.last_held(), self.session.forget)

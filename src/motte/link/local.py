@@ -21,6 +21,8 @@ Recorder = Callable[[Direction, bytes], None]
 
 _STEP_BYTES = 4 << 20
 """By how much the receiving buffer grows at a time."""
+_ALIGNMENT = 16
+"""Of what Python allocates, in bytes; no element of a tensor is larger."""
 
 
 class Link:
@@ -114,14 +116,19 @@ class Link:
         payload = self._exactly(header.payload_bytes, deadline, timeout_s)
         self._record("received", raw, payload)
         self.crossed_bytes += len(raw) + len(payload)
+        view = memoryview(payload)
         if self._open is not None and not refused:
             self._clear_error_allowed = False
+            # Tensors begin where the text ends; padding before it puts them where arrays can be read in place.
+            before = -header.meta_bytes % _ALIGNMENT
+            plain = bytearray(before + header.meta_bytes + header.body_bytes)
+            opened = memoryview(plain)[before:]
             try:
-                payload = bytearray(self._open.open(memoryview(payload), raw))
+                self._open.open_into(view, raw, opened)
             except DecryptError as problem:
                 raise FrameError("frame is not authentic", where=self._peer, got=header.kind.name) from problem
+            view = opened
         self._received += 1
-        view = memoryview(payload)
         return decode_payload(header, bytes(view[: header.meta_bytes]), view[header.meta_bytes :], peer=self._peer)
 
     def change_stream(self, change: Callable[[ByteStream], ByteStream]) -> None:
@@ -138,7 +145,8 @@ class Link:
 
     def _exactly(self, count: int, deadline: float | None, timeout_s: float | None) -> bytearray:
         # Grows as bytes arrive, so that a header that promises a gigabyte costs its sender a gigabyte, not us.
-        data = bytearray()
+        # Up to one step at once: zeros that are appended are written twice, 0.4 ms for an image.
+        data = bytearray(min(count, _STEP_BYTES))
         done = 0
         try:
             while done < count:

@@ -459,12 +459,21 @@ class ChannelCipher:
         Raises:
             DecryptError: altered, replayed, out of order, for another ``aad``, or after an earlier failure.
         """
+        plaintext = bytearray(max(0, len(ciphertext) - TAG_BYTES))
+        self.open_into(ciphertext, aad, memoryview(plaintext))
+        return bytes(plaintext)
+
+    def open_into(self, ciphertext: bytes | memoryview, aad: bytes, plaintext: memoryview) -> None:
+        """:meth:`open` into ``plaintext``, 16 bytes shorter; after an error nothing in it is to be used.
+
+        Raises:
+            DecryptError: as :meth:`open`. ValueError: ``plaintext`` has another length.
+        """
         with self._lock:
             nonce = self._nonce()
             try:
-                plaintext = self._cipher.decrypt(nonce, ciphertext, aad)
+                self._cipher.decrypt_into(nonce, ciphertext, aad, plaintext)
             except InvalidTag as problem:
                 self._broken = True
                 raise DecryptError("a message of the channel does not authenticate, or is out of order") from problem
             self._count += 1
-            return plaintext

@@ -21,6 +21,7 @@ TRUSTED: Final = "trusted"
 """The scheme of a run that offloads nothing."""
 _ALL_INSIDE: Final = "all inside"
 _NOT_CHECKED: Final = "off"
+MAX_RUN_RANKS: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,12 @@ class RunTerms:
         noise: of every release, as canonical JSON; None: **none is added** (or nothing leaves).
         integrity: how answers of an accelerator are checked; ``off``: not at all (or there are none).
         peers: accelerators that may be used, by address; empty: any, since none is believed.
+        ranks: trusted processes that work together. Only training data names more than one.
+        ranks_policy: what they demand of each other, as ``sha256:`` and a digest
+            (:meth:`motte.train.meeting.Meeting.word`); empty where there is one process.
 
     Raises:
-        InputError: a word is empty or too long, or there are too many peers.
+        InputError: a word is empty or too long, or there are too many peers or processes.
     """
 
     broker: str
@@ -45,6 +49,8 @@ class RunTerms:
     noise: str | None
     integrity: str
     peers: tuple[str, ...] = ()
+    ranks: int = 1
+    ranks_policy: str = ""
 
     def __post_init__(self) -> None:
         needed = (
@@ -54,17 +60,22 @@ class RunTerms:
             *self.peers,
             *([] if self.noise is None else [self.noise]),
         )
-        for text in (self.broker, *needed):
+        for text in (self.broker, self.ranks_policy, *needed):
             if len(text.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES or not text.isprintable():
                 raise InputError("not a word of a run's terms", where="run", got=repr(text)[:80])
         if not all(needed) or len(self.peers) > MAX_RUN_PEERS:
             raise InputError(
                 "a run's terms are empty or too many", where="run", expected=f"at most {MAX_RUN_PEERS} peers"
             )
+        if not 1 <= self.ranks <= MAX_RUN_RANKS or bool(self.ranks_policy) != (self.ranks > 1):
+            expected = f"1 to {MAX_RUN_RANKS}, and what they demand of each other where there are several"
+            raise InputError("not trusted processes of a run", where="run", expected=expected, got=str(self.ranks))
 
     def to_json(self) -> dict[str, Any]:
-        """As the header's field."""
-        return {**asdict(self), "peers": list(self.peers)}
+        """As the header's field. Of one process nothing is said, as before there could be several."""
+        fields = {**asdict(self), "peers": list(self.peers)}
+        several = {"ranks": fields.pop("ranks"), "ranks_policy": fields.pop("ranks_policy")}
+        return fields | several if self.ranks > 1 else fields
 
     @staticmethod
     def from_json(value: object, *, where: str) -> RunTerms:
@@ -79,10 +90,16 @@ class RunTerms:
         texts = {
             name: _text(fields.any(name), f"{where}.{name}") for name in ("broker", "scheme", "placement", "integrity")
         }
+        ranks = fields.integer("ranks", low=2, high=MAX_RUN_RANKS) if fields.has("ranks") else 1
+        policy = _text(fields.any("ranks_policy"), f"{where}.ranks_policy") if ranks > 1 else ""
         fields.done()
         try:
             return RunTerms(
-                noise=None if noise is None else _text(noise, f"{where}.noise"), peers=tuple(peers), **texts
+                noise=None if noise is None else _text(noise, f"{where}.noise"),
+                peers=tuple(peers),
+                ranks=ranks,
+                ranks_policy=policy,
+                **texts,
             )
         except InputError as problem:
             raise BundleError(problem.message, where=where, got=problem.got) from problem

@@ -97,7 +97,7 @@ def test_starting_and_opening_are_apart(net: str) -> None:
     case = Case(model="own.net", mode="resident", parts=1, batch=1, engine="torch", enclave="process")
     with Bundles(request) as bundles:
         built, captured = bundles.built(net)
-        subject = subject_of(captured.graph, built.name, "file", 1)
+        subject = subject_of(captured.graph, built.name, "file", 1, {})
         bench = _Lifecycle(request, bundles, net, subject, Silent())
         took = bench._started(case, bundles.sealed(net, 1, "trusted"))
     segments = bench._segments[case]
@@ -110,7 +110,9 @@ def test_a_batch_that_a_model_does_not_take(net: str) -> None:
     with Bundles(Request(verb="infer", models=(net,))) as bundles:
         _, captured = bundles.built(net)
     with pytest.raises(UnsupportedError):
-        subject_of(captured.graph, "own.net", "file", 1025)
+        subject_of(captured.graph, "own.net", "file", 1025, {})
+    with pytest.raises(SettingError, match="no such dynamic dimension"):
+        subject_of(captured.graph, "own.net", "file", 1, {"sequence": 8})
 
 
 def test_the_link_against_two_copies(run_bench: Bench) -> None:

@@ -102,6 +102,7 @@ def _weight_words(request: Request) -> list[str]:
     words = ["--random-weights"] if request.random_weights else []
     weights: Path | None = request.weights
     words += ["--weights", str(weights)] if weights is not None else []
+    words += [word for name, size in request.dims.items() for word in ("--dim", f"{name}={size}")]
     return words + (["--input-shape", request.input_shape] if request.input_shape is not None else [])
 
 

@@ -159,7 +159,8 @@ class Bundles:
             UnsupportedError: there is none.
         """
         graph, wanted = captured.graph, self._request.cuts
-        dims = dims_for(graph, 1) if any(dim.name == "batch" for dim in graph.dims) else _fixed_dims(captured)
+        batch = 1 if any(dim.name == "batch" for dim in graph.dims) else _fixed_batch(captured)
+        dims = dims_for(graph, batch, self._request.dims)
         if wanted == "published" and parts == PUBLISHED_PARTS:
             if model not in PUBLISHED_CUTS:
                 raise UnsupportedError("no cuts were published for this model", got=model)
@@ -250,6 +251,7 @@ class Bundles:
             "random": request.random_weights,
             "weights": None if request.weights is None else _file_digest(request.weights),
             "input_shape": request.input_shape,
+            "dims": dict(request.dims),
             "scheme": [request.noise, request.rank, request.integrity, list(request.layers)]
             if kind == "asymmetric"
             else None,
@@ -258,10 +260,9 @@ class Bundles:
         return sha256(canonical(words)).hex()[:16]
 
 
-def _fixed_dims(captured: Captured) -> dict[str, int]:
-    """Sizes of the other dimensions of a model whose batch is fixed."""
+def _fixed_batch(captured: Captured) -> int:
     first = captured.graph.inputs[0].type.shape[0] if captured.graph.inputs[0].type.shape else 1
-    return dims_for(captured.graph, first if isinstance(first, int) else 1)
+    return first if isinstance(first, int) else 1
 
 
 def _file_digest(path: Path) -> str:

@@ -105,7 +105,7 @@ class _Bench:
         wanted, refused = cases_of(self._request, name, self._batch)
         self._found.refused += refused
         try:
-            subject = subject_of(graph, name, signature.weights_origin, self._batch)
+            subject = subject_of(graph, name, signature.weights_origin, self._batch, self._request.dims)
         except UnsupportedError as problem:
             self._found.refused += [Refused(case, str(problem)) for case in wanted]
             return

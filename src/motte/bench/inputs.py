@@ -10,7 +10,7 @@ import numpy as np
 
 from motte.capture.graph import Graph
 from motte.capture.sizes import shape_of
-from motte.errors import UnsupportedError
+from motte.errors import SettingError, UnsupportedError
 from motte.measure.workloads import ArraySpec, Workload, random_workload
 
 if TYPE_CHECKING:
@@ -33,19 +33,25 @@ class InputSpec:
     shape: tuple[int, ...]
 
 
-def dims_for(graph: Graph, batch: int) -> dict[str, int]:
-    """A size for every dynamic dimension of ``graph``.
+def dims_for(graph: Graph, batch: int, asked: Mapping[str, int]) -> dict[str, int]:
+    """A size for every dynamic dimension of ``graph``; ``asked``: of those other than the batch.
 
     Raises:
-        UnsupportedError: the graph was captured at another, fixed batch.
+        UnsupportedError: the graph was captured at another, fixed batch, or takes no such size.
+        SettingError: a dimension that it does not have.
     """
+    known = [dim.name for dim in graph.dims if dim.name != "batch"]
+    for name in asked:
+        if name not in known:
+            expected = ", ".join(known) or "none: every other size of this model is fixed"
+            raise SettingError("no such dynamic dimension", where=f"--dim, {graph.name}", expected=expected, got=name)
     sizes: dict[str, int] = {}
     for dim in graph.dims:
-        wanted = batch if dim.name == "batch" else min(dim.high, max(dim.low, OTHER_SIZE))
+        wanted = batch if dim.name == "batch" else asked.get(dim.name, min(dim.high, max(dim.low, OTHER_SIZE)))
         if not dim.low <= wanted <= dim.high:
             raise UnsupportedError(
-                "the model does not take this batch", where=graph.name, expected=f"{dim.low} to {dim.high}",
-                got=str(batch),
+                f"the model does not take this {dim.name}", where=graph.name, expected=f"{dim.low} to {dim.high}",
+                got=str(wanted),
             )  # fmt: skip
         sizes[dim.name] = wanted
     if "batch" not in sizes:

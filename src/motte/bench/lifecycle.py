@@ -45,7 +45,7 @@ def bench_lifecycle(request: Request, progress: Progress) -> Outcome:
         for model in request.models:
             built, captured = bundles.built(model)
             for batch in request.batches:
-                subject = subject_of(captured.graph, built.name, built.signature.weights_origin, batch)
+                subject = subject_of(captured.graph, built.name, built.signature.weights_origin, batch, request.dims)
                 bench = _Lifecycle(request, bundles, model, subject, progress)
                 bench.run(batch)
                 found += bench.results

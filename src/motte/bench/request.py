@@ -6,8 +6,8 @@ with its reason, and everything else is measured. A word that nobody knows is an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -52,8 +52,9 @@ class Request:
 
     ``models``: names of the zoo, or ``file.py:factory``. ``threads``: compute threads of the native process, of the
     worker, and of the accelerator each. ``noise``, ``rank``, ``integrity``, ``layers``: the scheme of asymmetric cases.
-    ``accelerator``: an address, or ``local`` for a process on ``device``. ``bundles``: where sealed bundles are kept
-    for the next run, with their keys; None: in a folder that vanishes.
+    ``dims``: sizes of dynamic dimensions other than the batch. ``accelerator``: an address, or ``local`` for a process
+    on ``device``. ``bundles``: where sealed bundles are kept for the next run, with their keys; None: in a folder that
+    vanishes.
 
     Raises:
         SettingError: a word that nobody knows, a number out of its range, something twice.
@@ -77,6 +78,7 @@ class Request:
     random_weights: bool = False
     weights: Path | None = None
     input_shape: str | None = None
+    dims: Mapping[str, int] = field(default_factory=dict)
     device: str = "cpu"
     accelerator: str = "local"
     noise: str = "none"
@@ -140,6 +142,7 @@ class Request:
             "device": self.device,
             "accelerator": self.accelerator,
             "layers": list(self.layers),
+            "dims": dict(self.dims),
             "noise": self.noise,
             "rank": self.rank,
             "integrity": self.integrity,

@@ -35,13 +35,14 @@ class Subject:
     graph_digest: str
 
 
-def subject_of(graph: Graph, name: str, weights_origin: str, batch: int) -> Subject:
-    """Count what there is to count of ``graph`` at ``batch``.
+def subject_of(graph: Graph, name: str, weights_origin: str, batch: int, asked: Mapping[str, int]) -> Subject:
+    """Count what there is to count of ``graph`` at ``batch`` and the sizes that were ``asked`` for.
 
     Raises:
         UnsupportedError: the model does not take this batch, or inputs that cannot be made.
+        SettingError: a dimension that it does not have.
     """
-    dims = dims_for(graph, batch)
+    dims = dims_for(graph, batch, asked)
     costs = costs_of(graph, dims)
     kinds = {weight.dtype for weight in graph.weights.values()}
     return Subject(

@@ -50,7 +50,7 @@ def bench_train(request: Request, progress: Progress) -> Outcome:
         for model in request.models:
             built, captured = bundles.built(model)
             for batch in request.batches:
-                subject = subject_of(captured.graph, built.name, built.signature.weights_origin, batch)
+                subject = subject_of(captured.graph, built.name, built.signature.weights_origin, batch, request.dims)
                 _one(request, model, subject, batch, progress, found, refused, points)
             bundles.forget(model)
     return outcome(request, found, refused, traces=points)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from motte.cli.options import parse_dims
 from motte.errors import InputError, SettingError
 
 if TYPE_CHECKING:
@@ -40,6 +41,15 @@ class WeightOptions:
             "--input-shape",
             metavar="3,224,224",
             help="Of one input, for a model of your own.",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dim",
+            metavar="NAME=N",
+            help="Size of a dynamic dimension other than the batch, such as sequence=128; repeat it for several.",
             rich_help_panel=_WEIGHTS,
         ),
     ] = None
@@ -281,6 +291,7 @@ def make_request(
             raise SettingError("one file of weights is for one model", where="--weights")
         names = ("random_weights", "weights", "input_shape")
         given |= {name: getattr(weights, name) for name in names}
+        given["dims"] = parse_dims(weights.dim, None)
     if where is not None:
         given |= {
             "parts": counts(where.parts or "1", option="--parts"),

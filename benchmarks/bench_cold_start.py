@@ -13,11 +13,10 @@ import random
 import statistics
 import time
 
-from peers import CONSOLE, SealedModel, arguments, input_array, sealed
+from peers import CONSOLE, SealedModel, arguments, sealed
 from rich.table import Table
 
 import motte
-from motte.run.tensors import to_wire
 
 NAME = "resnet20-fashion-mnist"
 POOL = "onnxruntime, from a pool"
@@ -66,7 +65,7 @@ def once(bundle: SealedModel, threads: int, name: str, pool: motte.Pool) -> dict
         loaded = motte.load(bundle.path, **keys, settings=motte.LoadSettings(threads=threads, engine=name))
     with loaded as model:
         opened = time.perf_counter()
-        model.run([to_wire(input_array(NAME, 1), where="input")])
+        model.run(bundle.wire())
         ended = time.perf_counter()
         found = {segment.name: segment.seconds for segment in model.clock.segments().items}
         found |= {f"  of it, {name} (worker)": value for name, value in model.worker_seconds.items()}

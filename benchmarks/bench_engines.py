@@ -11,17 +11,14 @@ SIMULATED: no hardware protection.
 
 from __future__ import annotations
 
-import tempfile
 from argparse import Namespace
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
-from peers import CONSOLE, ENCODER, RuntimePeer, arguments, input_arrays, names_or_all, report, sealed
+from peers import CONSOLE, ENCODER, arguments, names_or_all, peer, report, sealed
 
 import motte
 from motte.measure.compare import compare, compare_samples
-from motte.run.tensors import to_wire
 from motte.zoo.published_cuts import CLASSICS
 
 
@@ -41,19 +38,17 @@ def one(name: str, options: Namespace) -> None:
     """Measure one model."""
     batch, threads = options.batch, options.threads
     bare = [engine for engine in options.engines if engine != "torch"]
-    runtimes = {"torch": "eager, unsplit"} | {
-        f"{engine}-f32" if engine == "openvino" else engine: f"{engine}, unprotected" for engine in bare
-    }
+    runtimes = {"eager, unsplit": ("torch", "f32")} | {f"{engine}, unprotected": (engine, "f32") for engine in bare}
     if options.bf16:
-        runtimes["openvino-bf16"] = "openvino bf16, unprotected"
-    wire = [to_wire(array, where=f"input {i}") for i, array in enumerate(input_arrays(name, batch))]
+        runtimes["openvino bf16, unprotected"] = ("openvino", "bf16")
     with ExitStack() as stack:
         bundle = stack.enter_context(sealed(name, batch=batch, lower=True))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="motte-bench-")))
-        peers = {runtime: RuntimePeer(runtime, name, batch=batch, threads=threads) for runtime in runtimes}
-        for peer in peers.values():
-            stack.callback(peer.close)
-        candidates = {label: peers[runtime].run for runtime, label in runtimes.items()}
+        wire = bundle.wire()
+        peers = {
+            label: stack.enter_context(peer(name, bundle.inputs, threads=threads, engine=engine, precision=precision))
+            for label, (engine, precision) in runtimes.items()
+        }
+        candidates = {label: each.run for label, each in peers.items()}
         models = {}
         for engine in options.engines:
             settings = motte.LoadSettings(threads=threads, engine=engine, timeout_s=300)
@@ -61,7 +56,7 @@ def one(name: str, options: Namespace) -> None:
             models[engine] = stack.enter_context(model)
             candidates[f"{engine}, {bundle.parts} sealed parts"] = lambda model=model: model.run(wire)
         found = compare(candidates, warmup=3, repeats=options.repeats)
-        reference = peers["torch"].output(folder)
+        reference = peers["eager, unsplit"].answer(bundle.arrays())[0]
         for engine, model in models.items():
             answer = model.run(wire).outputs[0]
             got = np.frombuffer(answer.data, dtype=np.float32).reshape(answer.shape)

@@ -19,11 +19,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from peers import CONSOLE, arguments, digest, input_arrays, report, sealed
+from peers import CONSOLE, arguments, digest, report, sealed
 
 import motte
 from motte.measure.compare import Comparison, compare, compare_samples
-from motte.run.tensors import to_wire
 
 WARMUP = 5
 BOUND = 1.02
@@ -65,7 +64,6 @@ def main() -> None:
 
 def one(name: str, engine: str, options: object) -> bool:
     """Measure one model on one engine; whether hardening certainly costs more than :data:`BOUND`."""
-    wire = [to_wire(array, where=f"input {i}") for i, array in enumerate(input_arrays(name, options.batch))]
     settings = motte.LoadSettings(
         threads=options.threads,
         engine=engine,
@@ -75,7 +73,7 @@ def one(name: str, engine: str, options: object) -> bool:
     )
     with ExitStack() as stack:
         bundle = stack.enter_context(sealed(name, batch=options.batch, lower=engine != "torch"))
-        models = {}
+        models, wire = {}, bundle.wire()
         for way, text in WAYS.items():
             with started_with(text):
                 model = motte.load(bundle.path, keys=bundle.key, signer=bundle.signer, settings=settings)

@@ -9,11 +9,10 @@ are compared bit for bit. The worker is SIMULATED: no hardware protection.
 
 from __future__ import annotations
 
-from peers import CONSOLE, EagerPeer, arguments, digest, input_array, names_or_all, report, sealed
+from peers import CONSOLE, arguments, digest, names_or_all, peer, report, sealed
 
 import motte
 from motte.measure.compare import compare
-from motte.run.tensors import to_wire
 from motte.zoo.published_cuts import CLASSICS
 
 
@@ -32,12 +31,12 @@ def one(name: str, batch: int, threads: int, repeats: int, records: object) -> N
     with sealed(name, batch=batch) as bundle:
         settings = motte.LoadSettings(threads=threads, engine="torch", timeout_s=300)
         with motte.load(bundle.path, keys=bundle.key, signer=bundle.signer, settings=settings) as model:
-            peer = EagerPeer(name, batch=batch, threads=threads)
-            wire = to_wire(input_array(name, batch), where="input")
-            candidates = {"eager, unsplit": peer.run, f"{bundle.parts} sealed parts": lambda: model.run([wire])}
-            found = compare(candidates, warmup=3, repeats=repeats)
-            same = peer.digest() == digest(model.run([wire]).outputs[0].data)
-            peer.close()
+            wire = bundle.wire()
+            with peer(name, bundle.inputs, threads=threads) as eager:
+                candidates = {"eager, unsplit": eager.run, f"{bundle.parts} sealed parts": lambda: model.run(wire)}
+                found = compare(candidates, warmup=3, repeats=repeats)
+                (plain,) = eager.answer(bundle.arrays())
+            same = digest(plain.tobytes()) == digest(model.run(wire).outputs[0].data)
     report(
         found,
         series="resident",

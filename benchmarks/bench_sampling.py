@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import psutil
 import torch
-from peers import CONSOLE, arguments, input_array, report
+from peers import CONSOLE, arguments, report
 
 from motte.measure.compare import compare
 from motte.measure.gate import Bound, Gate
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model, x = ResNet20().eval(), torch.from_numpy(input_array("resnet20", BATCH))
+    model, x = ResNet20().eval(), torch.randn(BATCH, 1, 28, 28)
     steps = steps_of(model, x, options.stretch)
     with Sampler() as sampler, torch.inference_mode():
         case = sampler.recorder()

@@ -17,12 +17,11 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
-from peers import CONSOLE, EagerPeer, SealedModel, arguments, digest, input_array, report, sealed
+from peers import CONSOLE, SealedModel, arguments, digest, peer, report, sealed
 
 import motte
 from motte.limits import MIB
 from motte.measure.compare import compare
-from motte.run.tensors import to_wire
 from motte.run.told import Answered
 
 WARMUP = 2
@@ -44,11 +43,10 @@ def main() -> None:
 
 def one(name: str, bundle: SealedModel, batch: int, bound: int, options: Namespace) -> None:
     """Measure one batch size: the eager peer and a worker of each engine, in one run."""
-    wire = to_wire(input_array(name, batch), where="input")
+    wire = bundle.wire()
     with ExitStack() as stack:
-        peer = EagerPeer(name, batch=batch, threads=options.threads)
-        stack.callback(peer.close)
-        candidates = {"eager, unsplit, resident": peer.run}
+        eager = stack.enter_context(peer(name, bundle.inputs, threads=options.threads))
+        candidates = {"eager, unsplit, resident": eager.run}
         workers: dict[str, tuple[motte.Model, list[Answered]]] = {}
         for engine in options.engines:
             settings = motte.LoadSettings(
@@ -61,13 +59,14 @@ def one(name: str, bundle: SealedModel, batch: int, bound: int, options: Namespa
             answers: list[Answered] = []
             workers[engine] = (model, answers)
             candidates[f"{engine}, {bundle.parts} sealed parts, streamed"] = lambda model=model, answers=answers: (
-                answers.append(model.run([wire]))
+                answers.append(model.run(wire))
             )
         found = compare(candidates, warmup=WARMUP, repeats=options.repeats)
+        (plain,) = eager.answer(bundle.arrays())
         for engine, (model, answers) in workers.items():
-            same = peer.digest() == digest(answers[-1].outputs[0].data)
+            same = digest(plain.tobytes()) == digest(answers[-1].outputs[0].data)
             show(f"{name} batch {batch}, {engine}", same, model.stats(), answers, bound)
-        CONSOLE.print(f"the eager peer's process held {peer.memory() / MIB:.0f} MiB")
+        CONSOLE.print(f"the eager peer's process held {eager.memory()['rss_peak_bytes'] / MIB:.0f} MiB")
     report(
         found, series="streamed", what="input given to answer open", threads=options.threads, records=options.records,
         model=name, batch=batch, weight_memory_bytes=bound,

@@ -1,8 +1,6 @@
-"""What the deploy benchmarks share: the unprotected peer in a process of its own, bundles made for one run, a report.
+"""What the deploy benchmarks share: bundles made for one run, the unprotected peers of ``motte bench``, a report.
 
-The peer runs the eager ``nn.Module`` under ``torch.inference_mode`` with the same number of threads, the same OpenMP
-wait policy and the same weights as the sealed model. It is asked over a pipe and answers when the forward pass is done;
-its input is already in its memory, while the sealed model's input and output cross the link encrypted in every call.
+A peer runs in a process of its own with the same threads, OpenMP wait policy, weights and input as the sealed model.
 """
 
 from __future__ import annotations
@@ -10,104 +8,30 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from motte.bench.inputs import InputSpec, make_inputs, specs_of
+from motte.bench.peer import Peer, PeerSpec
+from motte.link.frames import WireTensor
 from motte.measure.compare import Comparison
 from motte.measure.record import PROCESS, UNPROTECTED, Setting, state
 from motte.measure.record_file import append
+from motte.run.tensors import to_wire
+from motte.zoo.weights import WeightsChoice
 
 CONSOLE = Console(width=110)
 INPUT_SEED = 1
 WEIGHT_SEED = 0
-PEER = Path(__file__).with_name("eager_peer.py")
-RUNTIME_PEER = Path(__file__).with_name("runtime_peer.py")
 ENCODER = "minilm-l6-v2"
 ENCODER_TOKENS = 128
-
-
-class _Peer:
-    """A process that is asked over a pipe."""
-
-    def __init__(self, *words: str, threads: int) -> None:
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
-        self._process = subprocess.Popen(
-            [sys.executable, *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            env=environment,
-        )
-        self._say("ready")
-
-    def run(self) -> None:
-        """One forward pass."""
-        self._ask("run", "done")
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate("quit\n", timeout=60)
-
-    def _ask(self, word: str, expected: str) -> None:
-        self._write(word)
-        self._say(expected)
-
-    def _say(self, expected: str) -> None:
-        if (answer := self._read()) != expected:
-            raise RuntimeError(f"the peer said {answer!r} instead of {expected!r}")
-
-    def _write(self, word: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(word + "\n")
-        self._process.stdin.flush()
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the peer ended with status {self._process.wait()}")
-        return line.strip()
-
-
-class EagerPeer(_Peer):
-    """The unsplit eager model in its own process."""
-
-    def __init__(self, name: str, *, batch: int, threads: int) -> None:
-        super().__init__(str(PEER), name, str(batch), str(threads), threads=threads)
-
-    def digest(self) -> str:
-        """SHA-256 of the latest output's bytes."""
-        self._write("digest")
-        return self._read()
-
-    def memory(self) -> int:
-        """Resident set in bytes, peak."""
-        self._write("memory")
-        return int(self._read())
-
-
-class RuntimePeer(_Peer):
-    """The unsplit, unprotected model in a process of its own, run by ``runtime`` (runtime_peer.py)."""
-
-    def __init__(self, runtime: str, name: str, *, batch: int, threads: int) -> None:
-        super().__init__(str(RUNTIME_PEER), runtime, name, str(batch), str(threads), threads=threads)
-
-    def output(self, folder: Path) -> object:
-        """The latest output, as an array."""
-        import numpy as np
-
-        path = folder / "output.npy"
-        self._ask(f"output {path}", "done")
-        return np.load(path, allow_pickle=False)
 
 
 @dataclass(frozen=True)
@@ -119,6 +43,15 @@ class SealedModel:
     signer: object
     parts: int
     part_bytes: tuple[int, ...]
+    inputs: tuple[InputSpec, ...]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The seeded inputs that both sides use, by name, in the model's order."""
+        return make_inputs(self.inputs, INPUT_SEED)
+
+    def wire(self) -> list[WireTensor]:
+        """The same as they cross the link."""
+        return [to_wire(array, where=name) for name, array in self.arrays().items()]
 
 
 @contextmanager
@@ -138,9 +71,8 @@ def sealed(
     from motte.zoo.models import capture_built
     from motte.zoo.published_cuts import PUBLISHED_CUTS
     from motte.zoo.registry import build
-    from motte.zoo.weights import WeightsChoice
 
-    built = build(name, weights=None if name.startswith("resnet20") else WeightsChoice(random_seed=WEIGHT_SEED))
+    built = build(name, weights=weights_of(name))
     captured = capture_built(built)
     dims = {"batch": batch} | ({"sequence": ENCODER_TOKENS} if name == ENCODER else {})
     if weight_memory:
@@ -159,27 +91,32 @@ def sealed(
         recipient, signer = RecipientPrivateKey.new(), SignerPrivateKey.new()
         seal_model(path, manifest, captured.weights, release=1, recipients=[recipient.public], signer=signer)
         sizes = tuple(part.layout.bytes for part in lay_out_parts(manifest))
+        specs = specs_of(captured.graph, dims)
         del captured, built
-        yield SealedModel(path, recipient, signer.public, plan.parts, sizes)
+        yield SealedModel(path, recipient, signer.public, plan.parts, sizes, specs)
 
 
-def input_array(name: str, batch: int) -> object:
-    """The seeded input (batch, C, H, W) f32 that both sides use."""
-    import numpy as np
+@contextmanager
+def peer(
+    name: str, inputs: Sequence[InputSpec], *, threads: int, engine: str = "torch", precision: str = "f32"
+) -> Iterator[Peer]:
+    """The unsplit, unprotected model ``name`` in a process of its own: the eager module; or, in another engine, what
+    PyTorch's exporter makes of it, optimised and with constant weights."""
+    spec = PeerSpec(
+        job="infer", model=name, weights=weights_of(name), input_shape=None, engine=engine, inputs=tuple(inputs),
+        seed=INPUT_SEED, threads=threads, precision=precision,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="motte-peer-") as folder:
+        if engine != "torch":
+            spec = replace(spec, folder=Path(folder))
+            Peer(replace(spec, job="export")).close()
+        with Peer(spec) as started:
+            yield started
 
-    shape = (1, 28, 28) if name.startswith("resnet20") else (3, 224, 224)
-    return np.random.default_rng(INPUT_SEED).standard_normal((batch, *shape), dtype=np.float32)
 
-
-def input_arrays(name: str, batch: int) -> list[object]:
-    """Every input of the model in order: for an encoder ids, mask and types of :data:`ENCODER_TOKENS` tokens."""
-    import numpy as np
-
-    if name != ENCODER:
-        return [input_array(name, batch)]
-    shape = (batch, ENCODER_TOKENS)
-    ids = np.random.default_rng(INPUT_SEED).integers(1000, 20_000, shape)
-    return [ids, np.ones(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)]
+def weights_of(name: str) -> WeightsChoice:
+    """Those that both sides use."""
+    return WeightsChoice() if name.startswith("resnet20") else WeightsChoice(random_seed=WEIGHT_SEED)
 
 
 def digest(data: bytes | memoryview) -> str:

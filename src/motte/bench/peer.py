@@ -42,7 +42,8 @@ _EXIT_WAIT_S: Final = 5.0
 class PeerSpec:
     """What a peer is. ``job``: ``export``, ``infer`` or ``train``. ``outside``: input and answer cross to ``device``.
 
-    ``folder``: where the exported model lies, or is to lie. ``train``: further settings of a training step.
+    ``folder``: where the exported model lies, or is to lie. ``precision``: in which openvino computes. ``train``:
+    further settings of a training step.
     """
 
     job: str
@@ -56,6 +57,7 @@ class PeerSpec:
     device: str = "cpu"
     outside: bool = False
     folder: Path | None = None
+    precision: str = "f32"
     train: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:

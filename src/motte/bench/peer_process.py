@@ -112,7 +112,10 @@ class RuntimeWork:
     def __init__(self, spec: Mapping[str, Any], inputs: Arrays) -> None:
         path, threads = str(Path(spec["folder"]) / ONNX_NAME), int(spec["threads"])
         self._inputs = dict(inputs)
-        self._call = _openvino(path, threads) if spec["engine"] == "openvino" else _onnxruntime(path, threads)
+        if spec["engine"] == "openvino":
+            self._call = _openvino(path, threads, str(spec["precision"]))
+        else:
+            self._call = _onnxruntime(path, threads)
         self._output: Sequence[NDArray[Any]] = ()
 
     def run(self) -> None:
@@ -145,11 +148,11 @@ def _onnxruntime(path: str, threads: int) -> Callable[[Arrays], Sequence[NDArray
     return lambda inputs: session.run(None, {name: inputs[name] for name in names})
 
 
-def _openvino(path: str, threads: int) -> Callable[[Arrays], Sequence[NDArray[Any]]]:
+def _openvino(path: str, threads: int, precision: str) -> Callable[[Arrays], Sequence[NDArray[Any]]]:
     import openvino
 
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(path, "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.Core().compile_model(path, "CPU", options | {"INFERENCE_PRECISION_HINT": precision})
     names = [each.get_any_name() for each in compiled.inputs]
     request = compiled.create_infer_request()
 

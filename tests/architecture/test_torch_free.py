@@ -21,7 +21,7 @@ TORCH_FREE_MODULES = (
     *(f"motte.capture.{name}" for name in ("graph", "sizes", "signature", "text", "ops", "checks")),
     *(f"motte.linear.{name}" for name in ("operation", "nodes")),
     *(f"motte.offload.{name}" for name in ("settings", "placement", "graph_layers")),
-    *(f"motte.trusted.{name}" for name in ("worker", "gate", "weights", "arena", "harden")),
+    *(f"motte.trusted.{name}" for name in ("worker", "gate", "weights", "arena", "harden", "confidential")),
 )
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import motte
 from motte.doctor.image_trial import ask
 from motte.enclave.gramine import GramineWorker
 from motte.enclave.image import ROOT
 from motte.enclave.manifest import loads
 from motte.enclave.manifest_rules import check
+from motte.enclave.process import WorkerProcess
 from motte.enclave.sizes import ENGINE_BYTES, aim_of
+from motte.enclave.vm_worker import VmWorker
 from motte.enclave.workers import BareWorker
 from motte.errors import InputError, WorkerDied
 
@@ -106,6 +114,60 @@ def test_a_worker_that_gramine_starts_answers(
     worker = GramineWorker(built.folder, kind="gramine-direct")
     assert worker.hello.engine == "onnxruntime"
     assert ask(trial, worker, "resident").answer
+
+
+class ContainerWorker(VmWorker):
+    """The worker of a container behind a Unix socket: kind ``process``, which gets its bundle over the link too."""
+
+    kind = "process"
+
+
+@pytest.mark.parametrize(
+    ("text", "mark", "connect"),
+    [("vm/motte-worker@.service", "ExecStart=", VmWorker), ("Containerfile", "ENTRYPOINT ", ContainerWorker)],
+    ids=["guest", "container"],
+)
+def test_what_a_guest_or_container_starts_answers_and_has_given_up_every_file(
+    built: Any, trial: Any, tmp_path: Path, text: str, mark: str, connect: type[VmWorker]
+) -> None:
+    """The command that stands beside the image, with nothing but the image in sight; a Unix socket to it."""
+    needs_namespace(built)
+    import motte.enclave.bare as script
+    from motte.run.inputs import read_inputs
+    from motte.run.tensors import to_wire
+    from motte.zoo.shipped_models import images
+
+    lines = (built.folder / text).read_text(encoding="utf-8").splitlines()
+    stated = next(line for line in lines if line.startswith(mark)).removeprefix(mark)
+    command = json.loads(stated) if stated.startswith("[") else stated.split()
+    (tmp_path / "place").mkdir()
+    words = [sys.executable, "-I", "-S", "-B", str(script.__file__), str(tmp_path / "place"), str(built.folder / ROOT)]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "vm.sock"))
+        listener.listen(1)
+        worker: list[Any] = []
+        client = threading.Thread(target=lambda: worker.append(connect(f"unix:{tmp_path}/vm.sock")))
+        client.start()
+        connection, _ = listener.accept()
+    with connection:
+        guest = subprocess.Popen([*words, "--", *command], stdin=connection.fileno(), stdout=subprocess.DEVNULL, env={})
+    client.join(60)
+    assert worker, "it did not come up"
+    hardening = worker[0].hello.hardening
+    with motte.load(trial.path, keys=trial.recipient, signer=trial.signer.public, worker=worker[0]) as model:
+        (item,) = read_inputs([images()[-1].path], model.signature, model.inputs)
+        answer = model.run([to_wire(item.arrays[0], where=item.name)])
+        assert {file.path for package in model.tcb().packages for file in package.files} <= {
+            f"/{file.path}" for file in built.record.files
+        }
+    assert guest.wait(30) == 0
+    assert len(answer.outputs[0].data) == 4 * len(trial.signature.labels)
+    # What this kernel lacks is said; what it has holds.
+    here = WorkerProcess(threads=1, engine="onnxruntime")
+    there = here.hello.hardening
+    here.kill()
+    assert hardening.lacking.keys() == there.lacking.keys()
+    assert (hardening.landlock_abi, hardening.seccomp_mode) == (there.landlock_abi, there.seccomp_mode)
 
 
 def test_nothing_is_overwritten(built: Any, trial: Any) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import zlib
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_bytecode_is_of_the_unchecked_kind_and_names_no_path_here(tmp_path: Path
     root = tmp_path / "image" / ROOT
     pack = read_pack(memoryview((root / MODULES / "modules.pack").read_bytes()))
     assert set(pack) == {"pack/__init__.pyc", "pack/inner.pyc"}
-    for data in (*map(bytes, pack.values()), (root / MODULES / "plain.pyc").read_bytes()):
+    for data in (*map(zlib.decompress, pack.values()), (root / MODULES / "plain.pyc").read_bytes()):
         assert data[:4] == MAGIC_NUMBER
         assert data[4:8] == b"\x01\0\0\0"  # PEP 552: with a hash, and nobody looks at it
         assert str(tmp_path).encode() not in data
@@ -99,7 +100,7 @@ def test_packed_modules_are_imported_from_the_pack(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "flaw", [b"", b"MOTTEPK2", make_pack({"a.pyc": b"abc"})[:-1], make_pack({"a.pyc": b"abc"}) + b"x"]
+    "flaw", [b"", b"MOTTEPK1", make_pack({"a.pyc": b"abc"})[:-1], make_pack({"a.pyc": b"abc"}) + b"x"]
 )
 def test_a_pack_that_was_cut_is_refused(flaw: bytes) -> None:
     with pytest.raises(ValueError, match="pack"):

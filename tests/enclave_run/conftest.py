@@ -21,7 +21,22 @@ import json, os, sys
 import beside
 from motte.enclave.script_run import current
 run = current()
-print(json.dumps({"arguments": sys.argv[1:], "name": __name__, "rank": run.rank, "ranks": run.ranks,
+
+def could(what):
+    try:
+        what()
+        return True
+    except OSError:
+        return False
+
+tried = {
+    "write": lambda: open("/made", "w").close(),
+    "read what is included": lambda: open(sys.argv[3], "rb").close(),
+    "read other files": lambda: os.listdir("/proc/1"),
+    "run": lambda: "--run" not in sys.argv or os.execv("/usr/bin/python3", ["python3", "-V"]),
+}
+tried = {name: could(what) for name, what in tried.items()} if "--try" in sys.argv else None
+print(json.dumps({"tried": tried, "arguments": sys.argv[1:], "name": __name__, "rank": run.rank, "ranks": run.ranks,
                   "peers": run.peers, "environment": dict(os.environ), "beside": beside.VALUE,
                   "accelerator": run.accelerator, "stdin": sys.stdin.read() if sys.stdin else ""}))
 sys.exit(int(sys.argv[1]) if sys.argv[1:] else 0)

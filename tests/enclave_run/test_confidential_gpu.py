@@ -15,8 +15,8 @@ from motte.attest.report_data import Binding
 from motte.attest.verify import Verdict, verify
 from motte.errors import AttestationError, MotteError, SettingError, UnsupportedError
 from motte.offload import confidential_gpu
-from motte.offload.confidential_gpu import ConfidentialGpu, ProvedGpu, gpu_runner, require_proved
-from motte.offload.graph_layers import gpu_nodes, split_nodes
+from motte.offload.confidential_gpu import ConfidentialGpu, ProvedGpu, gpu_runners, require_proved
+from motte.offload.graph_layers import choose_gpu_layers, gpu_nodes, split_nodes
 from motte.offload.placement import Placed, Placement, from_plan, place_on_gpu, to_plan
 from motte.offload.settings import Asymmetric
 from motte.plan.plan import Plan
@@ -139,7 +139,16 @@ def test_a_worker_refuses_such_a_bundle_before_anything_is_sent(proved: ProvedGp
     (node,) = gpu_nodes(graph, section, proved)
     conv: Any = model[2]
     x = torch.randn(2, 4, 6, 6)
-    assert torch.equal(gpu_runner(node, proved)(x, conv.weight, conv.bias), conv(x))
+    weight = conv.weight.detach().clone()
+    run = gpu_runners((node,), proved)[node.name]
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(run(x, weight, conv.bias, [1, 1], [1, 1]), conv(x))
+            # A streamed worker overwrites it when it has run; what runs there later has its own copy.
+            weight.zero_()
+    with pytest.raises(AttestationError) as unproved:
+        gpu_runners((node,), None)  # type: ignore[arg-type]
+    assert unproved.value.check == "U-1"
     gone = to_plan(Asymmetric(noise=None), Placement((Placed("9", "confidential-gpu", "named"),)))
     with pytest.raises(MotteError) as missing:
         gpu_nodes(graph, gone, proved)
@@ -202,3 +211,22 @@ def test_on_a_real_gpu_the_same_comes_out(one_gpu: None) -> None:
     plain, x = network(), torch.randn(2, 3, 8, 8)
     model = motte.protect(plain, ConfidentialGpu(), gpu=gpu)
     torch.testing.assert_close(model(x), plain(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_layers_of_a_bundle_on_a_real_gpu_are_computed_in_full(one_gpu: None) -> None:
+    import motte
+    from motte.engines.torch_engine import TorchEngine
+
+    gpu = ProvedGpu(verdict=GOOD, binding=BINDING, now=NOW, insecure_allow_simulated=True)
+    model = torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(2048, 5))
+    x = torch.randn(2, 32, 8, 8)
+    graph = motte.capture_model(model.eval(), (x,), name="two").graph
+    section = to_plan(None, choose_gpu_layers(graph, ["*"]))
+    runners = gpu_runners(gpu_nodes(graph, section, gpu), gpu)
+    engine = TorchEngine()
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    found = engine.compile(graph, runners=runners).run([x], weights, {dim.name: 2 for dim in graph.dims})[0]
+    with torch.inference_mode():
+        # TF32 would be off by a thousandth.
+        torch.testing.assert_close(found, model(x), rtol=5e-5, atol=5e-5)

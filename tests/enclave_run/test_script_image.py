@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +21,7 @@ from motte.enclave.image import ROOT
 from motte.enclave.manifest import Choices, loads
 from motte.enclave.manifest_rules import check
 from motte.enclave.script_image import PLAIN, Request, build
+from motte.enclave.script_main import REFUSED
 from motte.errors import InputError, SettingError, WorkerDied
 
 Motte = Callable[..., Any]
@@ -32,6 +40,11 @@ def request(own: Any, *arguments: str, **changes: Any) -> Request:
 
     made = Request(own.script, arguments, load_public(own.public, SignerPublicKey), Choices())
     return replace(made, **changes)
+
+
+def built_request(own: Any) -> Request:
+    """What the image of the fixture was made from."""
+    return request(own, "0", choices=Choices(product=3, svn=7), include=(own.folder / "data.bin",))
 
 
 def test_the_image_is_closed_and_small(image: tuple[Any, Any]) -> None:
@@ -100,6 +113,83 @@ def test_what_gramine_would_start_runs_what_was_signed(
 
     with pytest.raises(WorkerDied, match="nothing of the script ran"):
         run_gramine(built.folder, "gramine-direct", other.read_bytes())
+
+
+def run_alone(built: Any, signed: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command of the image, with nothing but it in sight; what the owner signed is its standard input."""
+    import motte.enclave.bare as bare
+
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, "-I", "-S", "-B", str(bare.__file__), place, str(built.folder / ROOT), "--", *words]
+        with signed.open("rb") as stdin:
+            return subprocess.run(command, stdin=stdin, capture_output=True, text=True, timeout=60, env={})
+
+
+def test_a_container_holds_the_image_and_its_one_command_and_confines_the_script(image: tuple[Any, Any]) -> None:
+    built, own = image
+    lines = (built.folder / "Containerfile").read_text().splitlines()
+    assert [line.split()[0] for line in lines if line and not line.startswith(("#", " "))] == [
+        "FROM", "COPY", "ENV", "USER", "WORKDIR", "ENTRYPOINT",
+    ]  # fmt: skip
+    assert {"FROM scratch", "COPY root/ /", "USER 65534:65534"} <= set(lines)
+    assert f"{len(built.record.files)} files" in lines[0]
+    assert (built.folder / ".containerignore").read_text() == "*\n!root\n"
+    command = json.loads(next(line for line in lines if line.startswith("ENTRYPOINT")).partition(" ")[2])
+    manifest = loads((built.folder / "worker.manifest").read_bytes())
+    data = str(own.folder / "data.bin")
+    # As in an enclave, and then what an enclave has no kernel to ask for.
+    assert command == [*manifest["loader"]["argv"], "--enclave", "process", "--read", data]
+    unit = (built.folder / "vm" / "motte-script@.service").read_text()
+    started = next(line for line in unit.splitlines() if line.startswith("ExecStart=")).removeprefix("ExecStart=")
+    guest = shlex.split(started)
+    assert guest == [*manifest["loader"]["argv"], "--enclave", "vm", "--read", data]
+    if built.why_not_proved is not None:
+        pytest.skip(built.why_not_proved)
+    signed = own.signed("container.json", "3", "--try", data, "--run")
+    for words in (command, guest):
+        done = run_alone(built, signed, words)
+        assert done.returncode == 3, done.stderr
+        assert "not hardened: seccomp: not for scripts" in done.stderr
+        tried = json.loads(done.stdout)["tried"]
+        assert tried.pop("read what is included")
+        if "Landlock" not in done.stderr:
+            assert tried == {"write": False, "read other files": False, "run": False}
+    # Without those words, as in an enclave, it is kept from nothing here.
+    free = run_alone(built, own.signed("free.json", "3", "--try", data), manifest["loader"]["argv"])
+    assert set(json.loads(free.stdout)["tried"].values()) == {True}
+    assert run_alone(built, signed, [*command[:-4], "--enclave", "moat"]).returncode == REFUSED
+
+
+def test_the_same_script_gives_the_same_image_wherever_it_is_built(image: tuple[Any, Any], tmp_path: Path) -> None:
+    built, own = image
+    there = tmp_path / "another place" / "with a longer name"
+    there.mkdir(parents=True)
+    for name in ("beside.py", "says.py"):
+        shutil.copyfile(own.folder / name, there / name)
+        os.utime(there / name, (10, 10))
+    before = os.umask(0o077)
+    try:
+        again = build(there / "image", replace(built_request(own), script=there / "says.py"), lambda text: None)
+    finally:
+        os.umask(before)
+    assert again.record == built.record
+
+    def contents(folder: Path) -> dict[str, tuple[bytes, int, float]]:
+        found = [path for path in folder.rglob("*") if path.is_file() and path != folder / "build.json"]
+        return {
+            str(path.relative_to(folder)): (
+                path.read_bytes(),
+                path.stat().st_mode if path.is_relative_to(folder / ROOT) else 0,
+                path.stat().st_mtime if path.is_relative_to(folder / ROOT) else 0,
+            )
+            for path in found
+        }
+
+    # Files, record, manifest, container and guest: byte for byte. Another letter in the script is another image.
+    assert contents(again.folder) == contents(built.folder)
+    (there / "beside.py").write_text("VALUE = 8\n")
+    changed = build(there / "other", replace(built_request(own), script=there / "says.py"), lambda text: None)
+    assert changed.record.files != built.record.files
 
 
 def test_what_cannot_be_an_image_leaves_nothing(owner: Any) -> None:

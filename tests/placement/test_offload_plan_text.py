@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from motte.errors import FormatError, PlanError, SettingError
 from motte.offload.placement import Placed, Placement, from_plan, frozen_scheme, plain_reason, to_plan
 from motte.offload.settings import Asymmetric, Energy, Entropy, Fixed, Gaussian, Mechanism, Schedule
-from motte.plan.offload import MAX_REASON_BYTES, OffloadPlan, PlannedLayer, PlannedMechanism, PlannedNoise, PlannedRank
+from motte.plan.offload import (
+    MAX_REASON_BYTES,
+    OffloadPlan,
+    PlannedGpuReference,
+    PlannedLayer,
+    PlannedMechanism,
+    PlannedNoise,
+    PlannedRank,
+    nothing_leaves,
+)
 from motte.plan.plan import Plan
 from motte.plan.text import dumps, loads
 
@@ -40,6 +49,25 @@ EXAMPLE = OffloadPlan(
         PlannedLayer("features.0", "inside", "it meets the raw input"),
         PlannedLayer("features.2", "split", "placement all"),
     ),
+)
+
+ONE, TWO = "0a" * 48, "0b" * 64
+ON_GPU = f"""offload trusted
+gpu-reference 550.90.07 96.00.9F.00.01
+gpu-measurement 0 {ONE}
+gpu-measurement 35 {ONE},{TWO}
+gpu-reference 570.1 97.00
+gpu-measurement 1 {TWO}
+layer a inside not chosen
+layer b confidential-gpu named for the confidential GPU
+"""
+MEASURED = (
+    PlannedGpuReference("550.90.07", "96.00.9F.00.01", ((0, (ONE,)), (35, (ONE, TWO)))),
+    PlannedGpuReference("570.1", "97.00", ((1, (TWO,)),)),
+)
+LAYERS = (
+    PlannedLayer("a", "inside", "not chosen"),
+    PlannedLayer("b", "confidential-gpu", "named for the confidential GPU"),
 )
 
 mechanisms = st.builds(Mechanism, st.floats(1e-30, 1e30), st.floats(1e-30, 1e30))
@@ -89,6 +117,47 @@ def test_the_text_is_the_one_in_the_specification() -> None:
     assert loads(BEFORE + SECTION) == plan
     assert EXAMPLE.split == ("features.2",)
     assert EXAMPLE.inside == ("features.0",)
+
+
+def test_a_section_under_which_nothing_leaves_holds_no_setting_but_the_good_measurements_of_a_gpu() -> None:
+    plan = replace(loads(BEFORE), offload=nothing_leaves(LAYERS, MEASURED))
+    assert dumps(plan) == BEFORE + ON_GPU
+    assert loads(BEFORE + ON_GPU) == plan
+    placement = Placement(tuple(Placed(each.name, each.side, each.reason) for each in LAYERS))
+    assert to_plan(None, placement, gpu_references=MEASURED) == plan.offload
+    with_scheme = replace(EXAMPLE, layers=(*EXAMPLE.layers, LAYERS[1]), gpu_references=MEASURED)
+    assert loads(dumps(replace(plan, offload=with_scheme))).offload == with_scheme
+    with pytest.raises(PlanError):
+        dumps(replace(plan, offload=replace(nothing_leaves(LAYERS), integrity="freivalds")))
+    with pytest.raises(SettingError, match="without a scheme"):
+        to_plan(None, Placement((Placed("a", "split", "x"),)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("offload trusted", "offload trusted\nrank fixed 1", 6),
+        ("gpu-reference 550.90.07 96", "gpu-reference 550.90.07  96", 6),
+        ("550.90.07 96.00.9F.00.01", "550.90.07", 6),
+        (f"gpu-measurement 0 {ONE}\ngpu-measurement 35 {ONE},{TWO}\n", "", 7),
+        (f"0 {ONE}", f"00 {ONE}", 7),
+        (f"0 {ONE}", f"0 {ONE[:-2]}", 7),
+        (f"0 {ONE}", f"0 {ONE.upper()}", 7),
+        (f"0 {ONE}", "0 ", 7),
+        ("35 ", "0 ", 8),
+        ("35 ", "255 ", 8),
+        (f"{ONE},{TWO}", f"{TWO},{ONE}", 8),
+        (f"{ONE},{TWO}", f"{ONE},{ONE}", 8),
+        (f"gpu-measurement 1 {TWO}\n", "", 10),
+        ("layer a", "integrity off 1\nlayer a", 11),
+        ("gpu-reference 570.1", f"gpu-reference 1 1\ngpu-measurement 1 {ONE}\n" * 15 + "gpu-reference 570.1", 39),
+    ],
+)
+def test_other_measurements_are_refused_with_their_line(old: str, new: str, line: int) -> None:
+    assert old in ON_GPU
+    with pytest.raises(FormatError) as refused:
+        loads(BEFORE + ON_GPU.replace(old, new, 1))
+    assert refused.value.where == f"plan line {line}"
 
 
 def test_a_plan_without_the_section_is_read_as_before() -> None:

@@ -14,7 +14,7 @@ from motte.capture.graph import Graph, WeightRef
 from motte.errors import PlanError
 from motte.limits import MAX_PARTS
 from motte.plan.costs import costs_of
-from motte.plan.offload import OffloadPlan, PlannedLayer, PlannedRank
+from motte.plan.offload import OffloadPlan, PlannedGpuReference, PlannedLayer, PlannedRank, nothing_leaves
 from motte.plan.plan import Plan, Tile
 from motte.plan.planner import plan_parts
 from motte.plan.rules import RULES, check_plan
@@ -51,6 +51,9 @@ def first_weight(graph: Graph) -> str:
     return weight.name
 
 
+MEASURED = (PlannedGpuReference("550.90.07", "96.00.9F.00.01", ((1, ("01" * 48,)),)),)
+
+
 def section(*layers: PlannedLayer) -> dict[str, Any]:
     rank = PlannedRank("fixed", (2,))
     return {
@@ -75,6 +78,8 @@ def broken(plan: Plan, graph: Graph) -> list[tuple[str, dict[str, Any], str]]:
     weight = first_weight(graph)
     untiled = (PlannedLayer(weight, "inside", "why"), PlannedLayer("tied", "split", "why"))
     uncut = {"cut_after": ()}
+    on_gpu = (PlannedLayer(weight, "confidential-gpu", "why"),)
+    inside, split = PlannedLayer(weight, "inside", "why"), PlannedLayer(weight, "split", "why")
     many = tuple(f"n{i}" for i in range(MAX_PARTS))
     return [
         ("P-1", {"graph_digest": "0" * 64}, "graph 0000"),
@@ -96,6 +101,9 @@ def broken(plan: Plan, graph: Graph) -> list[tuple[str, dict[str, Any], str]]:
         ("P-9", section(PlannedLayer(graph.nodes[-1].name, "split", "why")), "split why"),
         ("P-10", section(PlannedLayer(weight, "split", "why")), f"layer {weight} split why"),
         ("P-11", section(*untiled) | {"tiles": ()} | uncut, "layer tied split why"),
+        ("P-12", {"offload": nothing_leaves(on_gpu)} | {"tiles": ()} | uncut, f"layer {weight} confidential-gpu why"),
+        ("P-12", {"offload": nothing_leaves((inside,), MEASURED)} | {"tiles": ()} | uncut, "offload trusted"),
+        ("P-13", {"offload": nothing_leaves((split,))} | {"tiles": ()} | uncut, f"layer {weight} split why"),
     ]
 
 

@@ -80,6 +80,8 @@ CLAIMS: Final[Mapping[str, str]] = {
     "H11": "an enclave believes only its own broker's answer to its own question",
     "H12": "a GPU counts as inside only by a verdict about this process's own GPU and guest",
     "H13": "a TPM's key is enrolled only by the answer of the TPM that holds both keys",
+    "H14": "the signed terms bind which layers run on a confidential GPU, and which measurements of it are good",
+    "H15": "a kind of worker that has no evidence says so",
     "F, broken: training without noise": "without noise a training step gives away what stayed inside",
     "F, not claimed: residuals without noise": "a residual without noise hides the input",
 }

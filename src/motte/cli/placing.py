@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from motte.cli.gpu_placing import GpuOptions
 from motte.cli.output import Column, Line, Output, bytes_text, seconds_text, table
 from motte.cli.scheme import SchemeOptions
 from motte.errors import SettingError
@@ -112,11 +113,15 @@ class Offloading:
     training_memory: MemoryNeed
     inference_memory: MemoryNeed
     trial: Trial | None
+    cautions: tuple[str, ...]
+    """What leaves in spite of the scheme, in sentences."""
+    determined: Mapping[str, int]
+    """Split layer -> the most samples of a training step of which its weights before and after tell its whole input."""
 
 
 def offloading(
-    out: Output, options: PlaceOptions, settings: SchemeOptions, built: BuiltModel, graph: Graph, made: Plan,
-    inputs: Mapping[str, Tensor],
+    out: Output, options: PlaceOptions, gpu: GpuOptions, settings: SchemeOptions, built: BuiltModel, graph: Graph,
+    made: Plan, inputs: Mapping[str, Tensor],
 ) -> Offloading:  # fmt: skip
     """Place every layer of ``built``, count its work, and, for ``auto``, measure first.
 
@@ -127,6 +132,7 @@ def offloading(
         SettingError: no word on noise, a layer that is not there, a budget that is none.
         UnsupportedError: the model does not run on shapes alone. LinkError, TrustError: the accelerator of a trial.
     """
+    from motte.offload.cautions import determined_samples, placement_cautions
     from motte.offload.layers import trace
     from motte.offload.memory import inference_memory, training_memory
     from motte.offload.placement import to_plan
@@ -142,12 +148,19 @@ def offloading(
         placement = trial.placement
     else:
         placement = _placement(options.offload or "", seen, scheme)
+    if gpu.given:
+        placement = gpu.place(graph, placement, made.tiles)
+    cautions = placement_cautions(scheme, placement, seen.layers, batch=seen.batch if options.training else None)
+    for each in cautions:
+        out.warn(each)
     return Offloading(
-        section=to_plan(scheme, placement),
+        section=to_plan(scheme, placement, gpu_references=gpu.references()),
         work=work(seen, None, scheme, placement),
         training_memory=training_memory(built.model, scheme, (), seen.batch, placement=placement, keywords=inputs),
         inference_memory=inference_memory(built.model, scheme, (), seen.batch, placement=placement, keywords=inputs),
         trial=trial,
+        cautions=cautions,
+        determined=determined_samples([layer for layer in seen.layers if layer.name in placement.split]),
     )
 
 
@@ -261,6 +274,8 @@ def placing_json(found: Offloading) -> dict[str, Any]:
             "training": asdict(found.training_memory) | {"total": found.training_memory.total},
             "inference": asdict(found.inference_memory) | {"total": found.inference_memory.total},
         },
+        "cautions": list(found.cautions),
+        "determined_samples": dict(found.determined),
     }
     if found.trial is not None:
         document["trial"] = {

@@ -11,9 +11,10 @@ import typer
 
 from motte.cli.building import ModelOptions, capture_model
 from motte.cli.cutting import CutOptions, resized_inputs
+from motte.cli.gpu_placing import GpuOptions
 from motte.cli.output import Column, Line, Output, bytes_text, table
 from motte.cli.placing import Offloading, PlaceOptions, offloading, placing_json, placing_lines
-from motte.cli.scheme import SchemeOptions, offload_json, offload_lines
+from motte.cli.scheme import SchemeOptions, offload_json, offload_lines, setting_lines
 from motte.cli.verb import verb
 from motte.plan.plan import OBJECTIVES
 
@@ -36,6 +37,7 @@ def plan(
     model: ModelOptions,
     cuts: CutOptions,
     place: PlaceOptions,
+    gpu: GpuOptions,
     scheme: SchemeOptions,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan as text to this new file.")
@@ -43,13 +45,15 @@ def plan(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
 ) -> None:
     """Cut a model into parts, place its layers, and show what that costs and sends. Nothing is sealed."""
+    from motte.offload.placement import to_plan
     from motte.plan.rules import check_plan
     from motte.plan.table import plan_table
     from motte.plan.text import dumps
     from motte.seal.atomic import atomic_file
 
     place.check(scheme)
-    if place.offload is not None and not cuts.given:
+    references = gpu.references()
+    if (place.offload is not None or gpu.given) and not cuts.given:
         # Where layers run and where the model is cut are two questions; whoever asks only the first gets one part.
         cuts = replace(cuts, parts=1)
     cuts.check()
@@ -59,8 +63,12 @@ def plan(
     placed: Offloading | None = None
     if place.offload is not None:
         inputs = resized_inputs(built, captured, dict(made.dims))
-        placed = offloading(out, place, scheme, built, captured.graph, made, inputs)
+        placed = offloading(out, place, gpu, scheme, built, captured.graph, made, inputs)
         made = replace(made, offload=placed.section)
+        check_plan(made, captured.graph)
+    elif gpu.given:
+        placement = gpu.place(captured.graph, None, made.tiles)
+        made = replace(made, offload=to_plan(None, placement, gpu_references=references))
         check_plan(made, captured.graph)
     text = dumps(made)
     if output is not None:
@@ -70,9 +78,13 @@ def plan(
     origin = built.signature.weights_origin
     document = plan_json(made, found) | {"model": built.name, "weights_origin": origin, "plan": text}
     shown = show_plan(built.name, origin, made, found)
+    if made.offload is not None:
+        document["offload"] = offload_json(made.offload)
+        shown += (
+            offload_lines(made.offload) if placed is None else [*placing_lines(placed), *setting_lines(made.offload)]
+        )
     if placed is not None:
-        document |= {"offload": offload_json(placed.section)} | placing_json(placed)
-        shown += [*placing_lines(placed), *offload_lines(placed.section)[1:]]
+        document |= placing_json(placed)
     out.result(document, *shown)
     if output is not None:
         out.note(f"plan written to {output}; seal with --plan {output}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from motte.run.model import Model
     from motte.run.pool import PooledModel
     from motte.run.settings import LoadSettings
-    from motte.run.told import Answered, Offload, Outside
+    from motte.run.told import Answered, Offload, OnGpu, Outside
     from motte.seal.keys import RecipientPrivateKey, SignerPublicKey
 
     Array = NDArray[Any]
@@ -238,7 +239,7 @@ def run(
             opened = stack.enter_context(_pooled(out, bundle, pool, settings, keys, demanded, issue))
         model = opened if isinstance(opened, motte.Model) else opened.model
         out.note(engine_line(model.engine))
-        if model.offload is not None and model.offload.accelerator is None:
+        if model.offload is not None and model.offload.layers and model.offload.accelerator is None:
             out.note("no --accelerator is given: everything runs inside, and nothing leaves")
         found = _answer_all(out, model, opened.run, given, batch, topk, repeat)
         # Of a pool another worker may have gone on; times are of the one that answered first.
@@ -249,7 +250,7 @@ def run(
     shown = show_report(bundle, model, settings, found, memory)
     if model.offload is not None:
         document["offload"] = _offload_json(model.offload, found.outside)
-        shown = [*shown, Line(offload_line(model.offload, found.outside))]
+        shown = [*shown, Line(offload_line(model.offload, found.outside)), *gpu_lines(model.offload.gpu)]
     out.result(document, *shown)
     if save is not None:
         out.note(f"saved to {save}")
@@ -284,19 +285,35 @@ def _pooled(
 
 def offload_line(offload: Offload, outside: Sequence[Outside]) -> str:
     """One line: which layers left, how they were checked, whether they were noised, and what crossed."""
+    if not offload.layers:
+        return "inside: all; nothing may leave"
     if offload.accelerator is None:
         return f"inside: all; the {len(offload.layers)} layers that may leave did not, for want of an accelerator"
-    names = ", ".join(offload.layers[:_SHOWN_LAYERS])
-    more = f" and {len(offload.layers) - _SHOWN_LAYERS} more" if len(offload.layers) > _SHOWN_LAYERS else ""
     crossed = ""
     if outside:
         later = max((each.sent_bytes for each in outside[1:]), default=None)
         crossed = f"; out: {bytes_text(outside[0].sent_bytes)} with the weights in the first run"
         crossed += "" if later is None else f", {bytes_text(later)} in a later one"
     return (
-        f"outside: {len(offload.layers)} layers ({names}{more}) on {offload.accelerator}; integrity"
+        f"outside: {len(offload.layers)} layers ({_names(offload.layers)}) on {offload.accelerator}; integrity"
         f" {'OFF' if offload.integrity == 'off' else 'on'}; {'noise' if offload.noise else 'NO NOISE'}{crossed}"
     )
+
+
+def gpu_lines(gpu: OnGpu | None) -> list[Line]:
+    """A line: which layers ran on a GPU of the trusted side, and by what verdict it counts as one."""
+    if gpu is None:
+        return []
+    where = f"{len(gpu.layers)} layers ({_names(gpu.layers)}) on {gpu.device}"
+    what = f"{gpu.gpu}, driver {gpu.gpu_driver}, firmware {gpu.gpu_vbios}"
+    simulated = "SIMULATED: " if gpu.simulated else ""
+    said = f"inside, on a confidential GPU: {where}; {what}, proved {gpu.proved_at} with its {gpu.guest} guest"
+    return [Line(simulated + said)]
+
+
+def _names(layers: Sequence[str]) -> str:
+    more = f" and {len(layers) - _SHOWN_LAYERS} more" if len(layers) > _SHOWN_LAYERS else ""
+    return ", ".join(layers[:_SHOWN_LAYERS]) + more
 
 
 def _offload_json(offload: Offload, outside: Sequence[Outside]) -> dict[str, Any]:
@@ -305,6 +322,7 @@ def _offload_json(offload: Offload, outside: Sequence[Outside]) -> dict[str, Any
         "layers": list(offload.layers),
         "integrity": offload.integrity,
         "noise": offload.noise,
+        "gpu": None if offload.gpu is None else asdict(offload.gpu),
         "runs": [
             {
                 "layers": each.layers,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from motte.offload.settings import Asymmetric
-    from motte.plan.offload import OffloadPlan
+    from motte.plan.offload import OffloadPlan, Side
 
 T = TypeVar("T", int, float)
 
@@ -142,22 +142,44 @@ def offload_json(section: OffloadPlan) -> dict[str, Any]:
         },
         "integrity": section.integrity,
         "integrity_vectors": section.integrity_vectors,
-        "layers": [{"name": each.name, "side": each.side, "reason": each.reason} for each in section.layers],
+        "gpu_references": [{"driver": each.driver, "vbios": each.vbios} for each in section.gpu_references],
+        "layers": [
+            {"name": each.name, "side": each.side, "inside": each.side != "split", "reason": each.reason}
+            for each in section.layers
+        ],
     }
+
+
+def _side_text(side: Side) -> str:
+    """Where a layer runs, in words: a confidential GPU is inside too."""
+    return "inside, GPU" if side == "confidential-gpu" else side
 
 
 def offload_lines(section: OffloadPlan | None) -> list[Table | Line]:
     """The offload section for people: the settings in a line, then every layer with its side and the reason."""
     if section is None:
         return []
+    columns = (Column("layer", keep=True), Column("runs", keep=True), Column("because"))
+    rows = [(each.name, _side_text(each.side), each.reason) for each in section.layers]
+    on_gpu, of = len(section.confidential_gpu), f"of {len(section.layers)} layers"
+    title = f"{len(section.split)} {of} may run split on an accelerator; their weights are public"
+    if section.scheme == "trusted":
+        title = f"{on_gpu} {of} run on a confidential GPU"
+    return [table(columns, rows, title=title), *setting_lines(section)]
+
+
+def setting_lines(section: OffloadPlan) -> list[Table | Line]:
+    """The settings of a section in a line, and in another which GPU its layers may run on."""
     rank = " ".join([section.rank.rule, *(f"{each:g}" for each in section.rank.numbers)])
     said = [
         f"scheme: {section.scheme}, rank {rank}, {section.decomposition}",
         f"integrity {section.integrity}" + ("" if section.integrity == "off" else f" {section.integrity_vectors}"),
         "NO NOISE on what leaves" if section.noise is None else "what leaves is clipped and noised",
     ]
-    columns = (Column("layer", keep=True), Column("runs", keep=True), Column("because"))
-    rows = [(each.name, each.side, each.reason) for each in section.layers]
-    count = len(section.split)
-    title = f"{count} of {len(section.layers)} layers may run split on an accelerator; their weights are public"
-    return [table(columns, rows, title=title), Line("; ".join(said))]
+    said = ["nothing leaves"] if section.scheme == "trusted" else said
+    found: list[Table | Line] = [Line("; ".join(said))]
+    if section.confidential_gpu:
+        names = ", ".join(section.confidential_gpu)
+        known = "; ".join(f"driver {each.driver}, firmware {each.vbios}" for each in section.gpu_references)
+        found.append(Line(f"inside, on a GPU that the worker's confidential VM proves: {names} (good: {known})"))
+    return found

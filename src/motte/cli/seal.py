@@ -12,6 +12,7 @@ import typer
 
 from motte.cli.building import ModelOptions, capture_model, example_inputs
 from motte.cli.cutting import CutOptions, read_plan
+from motte.cli.gpu_placing import GpuOptions
 from motte.cli.options import private_key, public_key
 from motte.cli.output import Column, Line, Output, bytes_text, seconds_text, table
 from motte.cli.releasing import BrokerOptions
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from motte.capture.graph import Graph
     from motte.lower.lowered import Lowered, NotLowered
     from motte.offload.settings import Asymmetric
-    from motte.plan.offload import OffloadPlan
     from motte.plan.plan import Plan
+    from motte.provision.address import BrokerAddress
     from motte.provision.registration import Registration
     from motte.seal.writer import SealReport
     from motte.zoo.models import BuiltModel
@@ -50,6 +51,7 @@ def seal(
     ],
     cuts: CutOptions,
     offload: SchemeOptions,
+    gpu: GpuOptions,
     holder: BrokerOptions,
     recipient: Annotated[
         list[str] | None,
@@ -135,6 +137,7 @@ def seal(
 
     cuts.check(plan)
     scheme = offload.make()
+    gpu.references()
     if scheme is not None and not public_weights:
         raise SettingError(
             "a scheme sends weights out, and none is marked public",
@@ -161,7 +164,7 @@ def seal(
     built = model.build(out)
     captured = capture_model(out, built)
     made = read_plan(plan, captured.graph) if plan is not None else cuts.make(out, built, captured)
-    made, public = _place(made, captured.graph, scheme, public_weights or [])
+    made, public = _place(made, captured.graph, scheme, public_weights or [], gpu)
     checked = "not compared with the whole (--skip-check)" if skip_check else _check(out, built, captured, made)
     lowered = None if lower == "off" else _lower(out, built, captured, made, precision, required=lower == "required")
     manifest = Manifest(captured.graph, made, built.signature, lowered)
@@ -200,9 +203,17 @@ def seal(
         "broker": None if registered is None else _broker_json(registered, str(address)),
     }
     out.result(document, *_show(report, built, checked), Line(_lowered_line(lowered)), *offload_lines(made.offload))
-    keys = "--key KEY" if address is None else f"--broker '{address}' --evidence KIND"
-    outside = "" if made.offload is None else " --accelerator ADDRESS"
-    out.note(f"run it with: motte run {output} --signer {signer.public} {keys} --input FILE{outside}")
+    keys = "--key KEY" if address is None else f"--broker '{address}'"
+    out.note(f"run it with: motte run {output} --signer {signer.public} {keys} --input FILE{_where(made, address)}")
+
+
+def _where(made: Plan, broker: BrokerAddress | None) -> str:
+    """The options of ``motte run`` that the bundle needs beside keys and inputs."""
+    section = made.offload
+    if section is not None and section.confidential_gpu:
+        return " --enclave vm --vm ADDRESS"
+    evidence = "" if broker is None else " --evidence KIND"
+    return evidence + (" --accelerator ADDRESS" if section is not None and section.split else "")
 
 
 def _broker_json(made: Registration, address: str) -> dict[str, Any]:
@@ -210,35 +221,38 @@ def _broker_json(made: Registration, address: str) -> dict[str, Any]:
     return {"address": address, "model": made.model, "policy": made.policy, "configuration": configuration}
 
 
-def _place(made: Plan, graph: Graph, scheme: Asymmetric | None, words: list[str]) -> tuple[Plan, tuple[str, ...]]:
+def _place(
+    made: Plan, graph: Graph, scheme: Asymmetric | None, words: list[str], gpu: GpuOptions
+) -> tuple[Plan, tuple[str, ...]]:
     """The plan with its offload section, and the names of the weights that the header marks public.
 
     Raises:
-        SettingError: two schemes, or layers that the model does not have or that cannot run split.
+        SettingError: two schemes, or layers that the model does not have or that cannot run there.
         BundleError: the section of a plan splits a layer that ``words`` leave out: no worker would run that.
     """
-    from motte.offload.graph_layers import choose_layers, graph_layers, public_names, split_nodes
+    from motte.offload.graph_layers import check_layers, choose_layers, graph_layers, public_names
     from motte.offload.placement import to_plan
     from motte.plan.rules import check_plan
 
-    if scheme is not None and made.offload is not None:
-        raise SettingError("the plan holds a scheme already", got="--scheme with --plan", hint="keep one of them")
-    if scheme is not None:
-        made = replace(made, offload=to_plan(scheme, choose_layers(graph, words, tiles=made.tiles)))
+    if made.offload is not None and (scheme is not None or gpu.given):
+        got = f"{'--gpu-layers' if scheme is None else '--scheme'} with --plan"
+        raise SettingError("the plan holds a scheme already", got=got, hint="keep one of them")
+    if scheme is not None or gpu.given:
+        placement = None if scheme is None else choose_layers(graph, words, tiles=made.tiles)
+        if placement is None or gpu.given:
+            placement = gpu.place(graph, placement, made.tiles)
+        if scheme is not None and not placement.split:
+            raise SettingError("no layer is left to run on the accelerator", got="--gpu-layers takes all of them")
+        section = to_plan(scheme, placement, gpu_references=gpu.references())
+        made = replace(made, offload=section)
         check_plan(made, graph)
-        return made, public_names(graph, _section(made))
+        return made, public_names(graph, section) if scheme is not None else tuple(sorted(set(words)))
     if made.offload is None:
         return made, tuple(sorted(set(words)))
     chosen = set(choose_layers(graph, words, tiles=made.tiles).split) if words else set()
     public = tuple(sorted(layer.weight for layer in graph_layers(graph) if layer.name in chosen))
-    split_nodes(graph, made.offload, public)
+    check_layers(graph, made.offload, public)
     return made, public
-
-
-def _section(made: Plan) -> OffloadPlan:
-    if made.offload is None:
-        raise RuntimeError("the plan has no offload section")
-    return made.offload
 
 
 def _check(out: Output, built: BuiltModel, captured: Captured, made: Plan) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from motte.enclave import vm
+from motte.enclave import container, vm
 from motte.enclave.image import ROOT, ImageRecord, without_openblas, write_bytes, write_image
 from motte.enclave.image_files import INTERPRETER, MODULES, Member, members_of, module_folders
 from motte.enclave.manifest import NAME, Choices, dumps, manifest_of
@@ -43,6 +43,7 @@ from motte.errors import InputError, MismatchError, SettingError, WorkerDied
 from motte.limits import GIB, MAX_SCRIPT_BYTES, MIB
 from motte.measure.clock import Clock
 from motte.seal.keys import SignerPrivateKey, SignerPublicKey
+from motte.trusted.surroundings import Told
 
 BUILD: Final = "build.json"
 NO_NAMESPACE: Final = "no namespace of its own"
@@ -164,10 +165,28 @@ def build(folder: Path, request: Request, tell: Tell) -> Built:
     return built
 
 
-def arguments(module: str, digest: bytes, signer: SignerPublicKey) -> tuple[str, ...]:
-    """The whole command line in an image, its interpreter first."""
-    words = ("-m", _MAIN, "--signer", signer.raw.hex(), "--fd", "0", "--module", module, "--digest", digest.hex())
+def arguments(
+    module: str,
+    digest: bytes,
+    signer: SignerPublicKey,
+    *,
+    enclave: Told = "gramine",
+    read: Sequence[Path] = (),
+) -> tuple[str, ...]:
+    """The whole command line in an image, its interpreter first.
+
+    Args:
+        enclave: other than ``gramine``, where there is no kernel to ask: the process confines itself first.
+        read: files of the image that the script may then read, beside the interpreter's own.
+    """
+    words = ["-m", _MAIN, "--signer", signer.raw.hex(), "--fd", "0", "--module", module, "--digest", digest.hex()]
+    if enclave != "gramine":
+        words += ["--enclave", enclave, *(word for path in read for word in ("--read", str(path.resolve())))]
     return (f"/{INTERPRETER}", *PYTHON_FLAGS, f"/{MODULES}/{START_NAME}", *words)
+
+
+def _confined(request: Request, digest: bytes, enclave: Told) -> tuple[str, ...]:
+    return arguments(request.script.stem, digest, request.signer, enclave=enclave, read=sorted(request.include))
 
 
 def derive(record: ImageRecord, request: Request) -> Sizes:
@@ -210,7 +229,7 @@ def manifest(record: ImageRecord, sizes: Sizes, request: Request, digest: bytes)
 
 def service_unit(request: Request, digest: bytes) -> str:
     """A unit of systemd for a confidential VM: what was signed arrives on the connection, what is printed leaves."""
-    command = " ".join(arguments(request.script.stem, digest, request.signer))
+    command = " ".join(_escaped(word) for word in _confined(request, digest, "vm"))
     variables = "".join(
         f'Environment="{name}={value}"\n' for name, value in sorted(image_environment(request.choices.threads).items())
     )
@@ -237,6 +256,11 @@ def service_unit(request: Request, digest: bytes) -> str:
         "RestrictSUIDSGID=yes\n"
         "SystemCallArchitectures=native\n"
     )
+
+
+def _escaped(word: str) -> str:
+    """A word of a command line in a unit (systemd.service(5), "Command lines")."""
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$") + '"'
 
 
 # --- trials -------------------------------------------------------------------------------------------------------
@@ -393,6 +417,13 @@ def _write_rest(built: Built, request: Request, digest: bytes) -> None:
     (built.folder / vm.FOLDER).mkdir()
     for name, text in {
         f"{NAME}.manifest": dumps(table),
+        container.CONTAINERFILE: container.script_containerfile(
+            built.record,
+            _confined(request, digest, "process"),
+            name=request.script.name,
+            threads=request.choices.threads,
+        ),
+        container.IGNORE: container.ignore_file(),
         f"{vm.FOLDER}/motte-script.socket": vm.socket_unit().replace("trusted worker", "trusted script"),
         f"{vm.FOLDER}/motte-script@.service": service_unit(request, digest),
         f"{vm.FOLDER}/mkosi.conf": vm.disk_recipe().replace("motte-worker", "motte-script"),

@@ -2,9 +2,11 @@
 
     python -m motte.enclave.script_main --signer HEX --fd N --script FILE [--read PATH]... [--write DIR]...
     python motte_start.pyc -m motte.enclave.script_main --signer HEX --fd 0 --module NAME --digest HEX
+        [--enclave process|vm [--read PATH]...]
 
 The second form runs in an image, where the script is one of its modules and the digest of its source is measured with
-the arguments. The signed text arrives on descriptor N. Of the environment only names that tune a library, or by which
+the arguments; with ``--enclave`` in a container or a confidential VM, where it confines itself as the first does.
+The signed text arrives on descriptor N. Of the environment only names that tune a library, or by which
 Python finds itself, stay: nothing of it decides what leaves, and ``RANK``, ``WORLD_SIZE`` and all else are dropped.
 """
 
@@ -27,6 +29,7 @@ from motte.errors import MotteError, SettingError
 from motte.limits import MAX_SCRIPT_BYTES, MAX_SCRIPT_RUN_BYTES
 from motte.link.address import TcpAddress, parse_address
 from motte.seal.keys import SignerPublicKey
+from motte.trusted.surroundings import TOLD
 
 KEPT: Final = (
     "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV",
@@ -41,7 +44,8 @@ REFUSED: Final = 78
 class Words:
     """The arguments of this program; where the script is: ``script`` here, or ``module`` with ``digest`` in an image.
 
-    ``report_fd``: where the process says how it is hardened; None: nowhere.
+    ``report_fd``: where the process says how it is hardened; None: on standard error. ``enclave``: in an image, what
+    surrounds it; with ``gramine`` there is no kernel to ask for confinement.
     """
 
     signer: str = ""
@@ -50,6 +54,7 @@ class Words:
     module: str | None = None
     digest: str | None = None
     report_fd: int | None = None
+    enclave: str = "gramine"
     read: list[Path] = field(default_factory=list)
     write: list[Path] = field(default_factory=list)
 
@@ -72,7 +77,14 @@ class Words:
         in_image = found.module is not None and found.digest is not None
         if not found.signer or (found.script is None) is not in_image:
             raise SettingError("not the arguments of a script's process", expected="--script, or --module and --digest")
+        if found.enclave not in TOLD:
+            raise SettingError("unknown enclave", expected=", ".join(TOLD), got=found.enclave[:40])
         return found
+
+    @property
+    def confines(self) -> bool:
+        """Whether this process gives up files, programs and ports before the script begins."""
+        return self.script is not None or self.enclave != "gramine"
 
 
 class _Source(SourceLoader):
@@ -126,7 +138,7 @@ def _prepare(arguments: Sequence[str]) -> tuple[Words, bytes | None]:
     os.environ.clear()
     os.environ.update(kept | run.environment())
     make_current(run)
-    if words.script is not None:
+    if words.confines:
         _confine(words, run)
     sys.argv = [str(words.script or words.module), *run.arguments]
     if words.script is not None:
@@ -135,13 +147,18 @@ def _prepare(arguments: Sequence[str]) -> tuple[Words, bytes | None]:
 
 
 def _confine(words: Words, run: ScriptRun) -> None:
-    from motte.enclave.script_sandbox import confine
+    from motte.enclave.script_sandbox import IN_IMAGE, confine
 
-    folder = [] if words.script is None else [words.script.parent]
-    found = confine([*folder, *words.read], words.write, ports=_ports(run))
+    if words.script is not None:
+        readable, writable = [words.script.parent, *words.read], words.write
+    else:
+        readable, writable = words.read, [place for place in IN_IMAGE[words.enclave] if place.is_dir()]
+    found = confine(readable, writable, ports=_ports(run))
     if words.report_fd is not None:
         with os.fdopen(words.report_fd, "w", encoding="utf-8") as file:
             file.write(json.dumps(found.to_json()))
+    elif words.script is None:
+        sys.stderr.write("".join(f"{line}\n" for line in found.lines()))
 
 
 def _ports(run: ScriptRun) -> tuple[int, ...] | None:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from motte.attest.platforms.tsm import TSM_ROOT
 from motte.errors import ResourceError
 from motte.trusted import landlock
 from motte.trusted.harden import LANDLOCK, SECCOMP, SECRET_MEMORY, Hardening, harden
@@ -45,6 +46,9 @@ NOT_FOR_SCRIPTS: Final = {
     SECCOMP: "not for scripts, which open files and sockets",
     SECRET_MEMORY: "not for scripts, whose tensors lie where torch puts them",
 }
+_TEMPORARY: Final = Path("/tmp")  # noqa: S108  (of the container, or of the guest's service alone)
+IN_IMAGE: Final = {"process": (_TEMPORARY,), "vm": (_TEMPORARY, TSM_ROOT)}
+"""What surrounds an image (``process``: a container) -> folders that a script in it may write to, where they are."""
 _PINNED: list[int] = []
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import zlib  # noqa: F401  (the first program of every image reads its pack with it)
 
 _WRITES = os.O_WRONLY | os.O_RDWR
 _MAIN = "motte.enclave.script_main"
@@ -37,6 +38,9 @@ def main(words: list[str]) -> None:
     try:
         runpy.run_module(_MAIN, run_name="__main__", alter_sys=True)
     finally:
+        # One image serves containers and guests too, where the process confines itself with this.
+        import motte.enclave.script_sandbox  # noqa: F401
+
         # What the list itself needs is not the script's.
         ended, modules = True, dict(sys.modules)
         from motte.trusted.tcb import mapped_files, module_files

@@ -2,16 +2,20 @@
 
 Why packed: an enclave hashes a file whenever it is opened, so three hundred small files cost more than one of the same
 bytes, which is opened once. Members are complete ``.pyc`` files in the unchecked form (PEP 552): what an enclave has
-hashed need not be checked against a source that is not there.
+hashed need not be checked against a source that is not there. Each is compressed (RFC 1950): bytecode shrinks to two
+fifths, and expanding what is imported takes a tenth of the time that hashing the difference would.
 
-Layout of the pack: magic ``MOTTEPK1``, length of the index u32 (big-endian), the index, the members one after another.
-The index is text: for each member its path below the folder of the modules, a tab, its size in bytes, a line end.
+Layout of the pack: magic ``MOTTEPK2``, length of the index u32 (big-endian), the index, the members one after another.
+The index is text: for each member its path below the folder of the modules, a tab, its compressed size in bytes, a line
+end.
 
-Nothing is imported here that is not part of the interpreter, or of :data:`FIRST`: each would be one more file.
+Nothing is imported here that is not part of the interpreter, or of :data:`FIRST`: each would be one more file. Only
+``zlib`` is, which whoever lists what an image needs has therefore imported too.
 """
 
 import os
 import sys
+import zlib
 from importlib.machinery import ModuleSpec, SourcelessFileLoader
 
 TYPE_CHECKING = False
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import ModuleType
 
-MAGIC = b"MOTTEPK1"
+MAGIC = b"MOTTEPK2"
 PACK_NAME = "modules.pack"
 START_NAME = "motte_start.pyc"
 FIRST = ("encodings", "encodings.aliases", "encodings.utf_8", "importlib", "warnings")
@@ -27,7 +31,7 @@ FIRST = ("encodings", "encodings.aliases", "encodings.utf_8", "importlib", "warn
 
 
 class PackedLoader(SourcelessFileLoader):
-    """Loads one member."""
+    """Loads one member, whose ``code`` and ``source`` are still compressed."""
 
     def __init__(self, fullname: str, path: str, code: memoryview, source: "memoryview | None") -> None:
         super().__init__(fullname, path)
@@ -38,11 +42,11 @@ class PackedLoader(SourcelessFileLoader):
         """The member's bytes; packages also read data files of theirs this way."""
         if path != self.path:
             return super().get_data(path)
-        return bytes(self._code)
+        return zlib.decompress(self._code)
 
     def get_source(self, fullname: str) -> "str | None":  # type: ignore[override]  # typeshed: a sourceless one has none
         """Its source, for the few modules that read their own; None for all others."""
-        return None if self._source is None else bytes(self._source).decode()
+        return None if self._source is None else zlib.decompress(self._source).decode()
 
     def exec_module(self, module: "ModuleType") -> None:
         """Run it. Its ``__file__`` is where it would lie, since packages look for their libraries beside it."""
@@ -77,7 +81,7 @@ class PackedFinder:
 
 
 def read_pack(data: memoryview) -> dict[str, memoryview]:
-    """Path -> member.
+    """Path -> member, compressed.
 
     Raises:
         ValueError: not a pack, or one that was cut.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import zlib  # noqa: F401  (the first program of every image reads its pack with it: the worker lists it)
 
 _WRITES = os.O_WRONLY | os.O_RDWR
 
@@ -29,6 +30,10 @@ def main(words: list[str]) -> None:
             os.write(out, os.fsencode(path) + b"\0")
 
     sys.addaudithook(hook)
+    # One image serves Gramine, containers and guests: what only the last load is part of it too.
+    from motte.trusted.surroundings import load_for_image
+
+    load_for_image("vm")
     sys.argv = ["motte.trusted", *words[2:]]
     runpy.run_module("motte.trusted", run_name="__main__", alter_sys=True)
 

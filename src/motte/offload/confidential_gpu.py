@@ -12,22 +12,24 @@ NVIDIA's promises. A verdict is about a moment: whoever runs for days proves ane
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from motte.attest.platforms.nvidia import GPU_NOT_MEASURED
+from motte.attest.platforms.nvidia_reference import GpuReference
 from motte.attest.report_data import Binding
 from motte.attest.verify import Verdict
 from motte.errors import AttestationError, SettingError, UnsupportedError
+from motte.plan.linear_nodes import linear_weight
+from motte.plan.offload import PlannedGpuReference
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from motte.capture.graph import Node
     from motte.engines.interface import NodeRunner
-    from motte.linear.nodes import LinearNode
-    from motte.linear.operation import LinearOperation
 
 PLATFORM: Final = "nvidia"
 MAX_AGE_S: Final = 3600.0
@@ -149,26 +151,59 @@ def on_gpu(model: nn.Module, scheme: ConfidentialGpu, gpu: ProvedGpu | None) -> 
     return wanted
 
 
-def gpu_runner(linear: LinearNode, gpu: ProvedGpu) -> NodeRunner:
-    """Runs one node of a captured graph on ``gpu``; takes and gives tensors in the guest's memory."""
-    from torch.nn import functional
+def gpu_runners(nodes: Sequence[Node], gpu: ProvedGpu) -> Mapping[str, NodeRunner]:
+    """What runs ``nodes`` of a captured graph on ``gpu``, by their names: the operations of the graph as they stand, on
+    copies of their arguments. Results come back into the guest's memory.
 
-    from motte.linear import compute
+    A weight is copied once, in the first run that needs it, and stays on the GPU: it comes from an authenticated part,
+    which is the same every time. float32 is computed in full, not in TF32; that is a setting of the whole process.
 
-    require_proved((linear.node,), gpu, where="gpu_runner")
-    operation: LinearOperation = linear.operation
-    device = _target(gpu)
-    pad = [extent for before_after in reversed(linear.pad) for extent in before_after]
+    Raises:
+        AttestationError: ``gpu`` is not a proved one (U-1).
+    """
+    import torch
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        there = x.to(device)
-        y = compute.forward(operation, functional.pad(there, pad) if pad else there, weight.to(device)).to(x.device)
-        if bias is None:
-            return y
-        trailing = 0 if operation.family == "linear" else len(operation.kernel)
-        return y + bias.reshape(-1, *[1] * trailing)
+    require_proved(tuple(node.name for node in nodes), gpu, where="gpu_runners")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    device, held = _target(gpu), dict[str, Any]()
+    return {node.name: _runner(node, device, held) for node in nodes}
+
+
+def _runner(node: Node, device: Any, held: dict[str, Any]) -> NodeRunner:
+    from motte.capture.tensors import overload
+
+    operation, name = overload(node.op), linear_weight(node) or node.name
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
+        if name not in held:
+            # A copy also where the device is the one that it lies on: a streamed worker overwrites it.
+            held[name] = weight.to(device, copy=True)
+        added = None if bias is None else bias.to(device)
+        found: Tensor = operation(x.to(device), held[name], added, *rest, **named)
+        return found.to(x.device)
 
     return run
+
+
+def planned_reference(data: bytes) -> PlannedGpuReference:
+    """Good measurements as the owner states them (:class:`GpuReference`), in the form in which a plan carries them.
+
+    Raises:
+        FormatError: not a reference. InputError: an empty one.
+    """
+    stated = GpuReference.decode(data)
+    return PlannedGpuReference(
+        stated.driver,
+        stated.vbios,
+        tuple((number, tuple(sorted(good))) for number, good in sorted(stated.measurements.items())),
+    )
+
+
+def stated_reference(planned: PlannedGpuReference) -> bytes:
+    """The way back: what a verifier takes as ``Anchors.nvidia_rim``."""
+    values = {number: frozenset(good) for number, good in planned.measurements}
+    return GpuReference(planned.driver, planned.vbios, values).encode()
 
 
 class _GpuRule:
@@ -200,7 +235,7 @@ def _require_one_gpu() -> None:
             "evidence of one GPU is not tied to one of several, or there is none",
             expected="exactly one CUDA device",
             got=f"{count}",
-            hint="pass one GPU to the guest, or hide the others (CUDA_VISIBLE_DEVICES) from a measured start",
+            hint="pass exactly one GPU to the guest",
         )
         problem.check = "U-6"
         raise problem

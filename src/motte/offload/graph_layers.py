@@ -1,7 +1,7 @@
 """The layers of a captured graph beside a plan's offload section: which nodes run split, and which could.
 
 Both halves ask here: the owner before a bundle is sealed, the worker before anything is sent. Needs no torch. The
-checks M-3 and M-4 are those of docs/spec/bundle.md; what a plan alone shows (P-9 to P-11) was checked before.
+checks M-3 and M-4 are those of docs/spec/bundle.md; what a plan alone shows (P-9 to P-13) was checked before.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from motte.capture.graph import Graph, read_values
+from motte.capture.graph import Graph, Node, read_values
 from motte.capture.sizes import bytes_of
 from motte.errors import BundleError, SettingError
 from motte.linear.nodes import LinearNode, weighted_products
-from motte.offload.placement import Placed, Placement, refuse_unproved
-from motte.plan.linear_nodes import layer_weight, linear_weight, other_readers
+from motte.offload.placement import Placed, Placement, place_on_gpu, refuse_unproved
+from motte.plan.linear_nodes import layer_weight, linear_nodes, linear_weight, other_readers
 from motte.plan.offload import OffloadPlan
 from motte.plan.plan import Tile
 
@@ -27,6 +27,7 @@ ALL_BUT_FIRST_LAST = "all-but-first-last"
 """Every layer that can run split, but those with no layer before them and those with none behind them."""
 _WILD = frozenset("*?[")
 _SUFFIX = ".weight"
+_TILED = "the plan computes it in tiles"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,46 @@ def choose_layers(graph: Graph, words: Sequence[str], *, tiles: Sequence[Tile] =
     )
 
 
+def choose_gpu_layers(
+    graph: Graph, words: Sequence[str], placement: Placement | None = None, *, tiles: Sequence[Tile] = ()
+) -> Placement:
+    """``placement`` with the layers that ``words`` choose on the confidential GPU; they leave no more.
+
+    More layers can run there than can run split, since nothing is taken apart: all that multiply with a stored weight
+    that serves nothing else.
+
+    Args:
+        graph: as it was captured.
+        words: names of layers or weights, or patterns of layers, as for :func:`choose_layers`.
+        placement: None: every layer of ``graph`` inside.
+        tiles: of its plan: a layer that is computed in tiles stays where it is.
+
+    Raises:
+        SettingError: a word that fits no layer, a layer named outright that cannot run there, or none that can.
+    """
+    layers, tiled = graph_layers(graph), {tile.node for tile in tiles}
+    if placement is None:
+        placement = Placement(tuple(Placed(layer.name, "inside", "not chosen") for layer in layers))
+    chosen: set[str] = set()
+    for word in [word for text in words for word in text.split(",") if word]:
+        fitting = [layer for layer in layers if _fits(word, layer)]
+        able = {layer.weight for layer in fitting if _not_on_gpu(graph, layer.weight, tiled) is None}
+        if not able:
+            got = _not_on_gpu(graph, fitting[0].weight, tiled) if fitting else None
+            raise SettingError("no layer that can run on a GPU", where=word, got=got or "no such layer")
+        chosen |= able
+    if not chosen:
+        raise SettingError("no layer is named for the GPU", where=graph.name, got=", ".join(words))
+    return place_on_gpu(
+        placement,
+        [
+            each.name
+            for each in placement.layers
+            if (weight := layer_weight(graph, each.name)) and weight.name in chosen
+        ],
+    )
+
+
 def public_names(graph: Graph, section: OffloadPlan) -> tuple[str, ...]:
     """The weights of the split layers of ``section``: what the header of a bundle has to mark public."""
     found = (layer_weight(graph, name) for name in section.split)
@@ -126,6 +167,20 @@ def split_nodes(
             or that cannot run split. AttestationError: layers on a confidential GPU that nothing proves (U-1).
     """
     refuse_unproved(section, gpu)
+    return _split_nodes(graph, section, public)
+
+
+def check_layers(graph: Graph, section: OffloadPlan, public: Collection[str]) -> None:
+    """What a worker will check of ``section``, for the owner who seals it, and who has no GPU to prove.
+
+    Raises:
+        BundleError: checks M-3 and M-4.
+    """
+    _split_nodes(graph, section, public)
+    _gpu_nodes(graph, section)
+
+
+def _split_nodes(graph: Graph, section: OffloadPlan, public: Collection[str]) -> tuple[SplitNode, ...]:
     layers = {layer.weight: layer for layer in graph_layers(graph)}
     positions: dict[str, tuple[str, int]] = {}
     for position, name in enumerate(section.split):
@@ -151,7 +206,7 @@ def split_nodes(
     return tuple(_nodes(graph, positions))
 
 
-def gpu_nodes(graph: Graph, section: OffloadPlan, gpu: ProvedGpu | None) -> tuple[LinearNode, ...]:
+def gpu_nodes(graph: Graph, section: OffloadPlan, gpu: ProvedGpu | None) -> tuple[Node, ...]:
     """The nodes of ``graph``, as it was captured, that run whole on ``gpu``, in the order in which they run.
 
     Raises:
@@ -159,22 +214,33 @@ def gpu_nodes(graph: Graph, section: OffloadPlan, gpu: ProvedGpu | None) -> tupl
             exist or cannot run alone.
     """
     refuse_unproved(section, gpu)
-    layers = {layer.weight: layer for layer in graph_layers(graph)}
+    return _gpu_nodes(graph, section)
+
+
+def _gpu_nodes(graph: Graph, section: OffloadPlan) -> tuple[Node, ...]:
     weights: set[str] = set()
     for name in section.confidential_gpu:
         weight = layer_weight(graph, name)
-        layer = layers.get(weight.name) if weight is not None else None
-        if layer is None or layer.refused is not None:
+        refused = "no such layer" if weight is None else _not_on_gpu(graph, weight.name, ())
+        if weight is None or refused is not None:
             raise BundleError(
                 "the placement puts a layer on a GPU that cannot run there",
                 check="M-4",
                 where=f"layer {name}",
-                got="no such layer" if layer is None else layer.refused,
+                got=refused,
             )
-        weights.add(layer.weight)
-    return tuple(
-        found for _, found in weighted_products(graph) if isinstance(found, LinearNode) and found.weight in weights
-    )
+        weights.add(weight.name)
+    return tuple(node for node in graph.nodes if linear_weight(node) in weights)
+
+
+def _not_on_gpu(graph: Graph, weight: str, tiled: Collection[str]) -> str | None:
+    """Why the layer of ``weight`` cannot run whole on a GPU; None: it can."""
+    nodes = linear_nodes(graph).get(weight)
+    if nodes is None:
+        return "it is no convolution and no linear layer"
+    if any(node.name in tiled for node in nodes):
+        return _TILED
+    return next(_other_uses(graph, weight), None)
 
 
 def split_extra_bytes(graph: Graph, nodes: Sequence[SplitNode], dims: Mapping[str, int]) -> int:
@@ -203,8 +269,7 @@ def _nodes(graph: Graph, positions: dict[str, tuple[str, int]]) -> list[SplitNod
 
 def _without_tiles(graph: Graph, layers: Sequence[GraphLayer], tiled: Collection[str]) -> list[GraphLayer]:
     weights = {linear_weight(node) for node in graph.nodes if node.name in tiled}
-    reason = "the plan computes it in tiles"
-    return [replace(layer, refused=layer.refused or reason) if layer.weight in weights else layer for layer in layers]
+    return [replace(layer, refused=layer.refused or _TILED) if layer.weight in weights else layer for layer in layers]
 
 
 def _inside(layer: GraphLayer, wanted: Sequence[str]) -> str | None:

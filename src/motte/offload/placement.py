@@ -31,11 +31,13 @@ from motte.plan.offload import (
     MAX_REASON_BYTES,
     NOISE_NAMES,
     OffloadPlan,
+    PlannedGpuReference,
     PlannedLayer,
     PlannedMechanism,
     PlannedNoise,
     PlannedRank,
     Side,
+    nothing_leaves,
 )
 
 if TYPE_CHECKING:
@@ -152,6 +154,8 @@ def place_none(layers: Sequence[LinearLayer]) -> Placement:
 def place_on_gpu(placement: Placement, names: Sequence[str]) -> Placement:
     """``placement`` with the layers ``names`` on the confidential GPU, whole. Whoever runs it has to prove that GPU.
 
+    A layer that was split before leaves no more: of two sides it gets the trusted one.
+
     Raises:
         SettingError: a layer that is not there.
     """
@@ -230,12 +234,23 @@ def _refuse_unknown(layers: Sequence[LinearLayer], names: Sequence[str], where: 
 
 
 # --- to and from the plan -------------------------------------------------------------------------------------------
-def to_plan(scheme: Asymmetric, placement: Placement) -> OffloadPlan:
+def to_plan(
+    scheme: Asymmetric | None, placement: Placement, *, gpu_references: Sequence[PlannedGpuReference] = ()
+) -> OffloadPlan:
     """The offload section of a plan: every setting that decides what leaves, and the placement.
 
+    Args:
+        scheme: None: nothing may leave.
+        gpu_references: which measurements of a confidential GPU are good; without one no worker takes a GPU.
+
     Raises:
-        SettingError: the scheme itself lists layers, and not those of the placement.
+        SettingError: the scheme itself lists layers, and not those of the placement; or layers are split without one.
     """
+    layers = tuple(PlannedLayer(each.name, each.side, plain_reason(each.reason)) for each in placement.layers)
+    if scheme is None:
+        if placement.split:
+            raise SettingError("layers are split without a scheme", got=", ".join(placement.split)[:200])
+        return nothing_leaves(layers, tuple(gpu_references))
     _check_lists(scheme, placement)
     return OffloadPlan(
         rank=_planned_rank(scheme.rank),
@@ -245,7 +260,8 @@ def to_plan(scheme: Asymmetric, placement: Placement) -> OffloadPlan:
         noise=_planned_noise(scheme.noise),
         integrity=scheme.integrity,
         integrity_vectors=scheme.integrity_vectors,
-        layers=tuple(PlannedLayer(each.name, each.side, plain_reason(each.reason)) for each in placement.layers),
+        layers=layers,
+        gpu_references=tuple(gpu_references),
     )
 
 

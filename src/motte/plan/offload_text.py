@@ -10,6 +10,14 @@ mechanism residual 1.0 0.5
 integrity freivalds 2
 layer features.0 inside the first parametrised layer
 layer features.2 split placement all
+
+A section under which nothing leaves, but layers run on a confidential GPU:
+
+offload trusted
+gpu-reference 550.90.07 96.00.9F.00.01
+gpu-measurement 1 5b0d...
+layer features.0 inside not chosen
+layer features.2 confidential-gpu chosen by the owner
 """
 
 from __future__ import annotations
@@ -18,12 +26,14 @@ import re
 from typing import Final, cast
 
 from motte.errors import FormatError
-from motte.limits import MAX_GRAPH_WEIGHTS
+from motte.limits import MAX_GPU_MEASUREMENTS, MAX_GRAPH_WEIGHTS
 from motte.plan.lines import LineReader, exactly, fraction, name_word, number, one_of
 from motte.plan.offload import (
     ADJACENCIES,
     DECOMPOSITIONS,
     INTEGRITIES,
+    MAX_GPU_REFERENCES,
+    MAX_GPU_VALUES,
     MAX_ITERATIONS,
     MAX_PLANNED_RANK,
     MAX_REASON_BYTES,
@@ -31,17 +41,21 @@ from motte.plan.offload import (
     NOISE_NAMES,
     RANK_NUMBERS,
     RESIDUAL_DTYPES,
+    SCHEMES,
     SIDES,
     OffloadPlan,
+    PlannedGpuReference,
     PlannedLayer,
     PlannedMechanism,
     PlannedNoise,
     PlannedRank,
     RankName,
     Side,
+    nothing_leaves,
 )
 
 _REASON = re.compile(r"[!-~]+(?: [!-~]+)*")
+_VALUE = re.compile(r"[0-9a-f]{96}|[0-9a-f]{128}")
 _RANK: Final = number(MAX_PLANNED_RANK)
 _RANK_CHECKS: Final = {
     "fixed": (number(MAX_PLANNED_RANK, least=0),),
@@ -53,16 +67,26 @@ _RANK_CHECKS: Final = {
 
 def offload_lines(section: OffloadPlan) -> list[str]:
     """The lines of ``section``, without line ends."""
+    settings = [] if section.scheme == "trusted" else _setting_lines(section)
+    references = [line for each in section.gpu_references for line in _reference_lines(each)]
+    layers = [f"layer {layer.name} {layer.side} {layer.reason}" for layer in section.layers]
+    return [f"offload {section.scheme}", *settings, *references, *layers]
+
+
+def _setting_lines(section: OffloadPlan) -> list[str]:
     return [
-        f"offload {section.scheme}",
         " ".join(["rank", section.rank.rule, *map(repr, section.rank.numbers)]),
         f"iterations {section.iterations}",
         f"decomposition {section.decomposition}",
         f"residual-dtype {section.residual_dtype}",
         *_noise_lines(section.noise),
         f"integrity {section.integrity} {section.integrity_vectors}",
-        *(f"layer {layer.name} {layer.side} {layer.reason}" for layer in section.layers),
     ]
+
+
+def _reference_lines(reference: PlannedGpuReference) -> list[str]:
+    values = [f"gpu-measurement {number} {','.join(good)}" for number, good in reference.measurements]
+    return [f"gpu-reference {reference.driver} {reference.vbios}", *values]
 
 
 def _noise_lines(noise: PlannedNoise | None) -> list[str]:
@@ -80,7 +104,10 @@ def read_offload(reader: LineReader) -> OffloadPlan | None:
     """
     if not reader.at("offload"):
         return None
-    reader.take("offload", exactly("asymmetric"))
+    (scheme,) = reader.take("offload", one_of(SCHEMES))
+    if scheme == "trusted":
+        references = _read_references(reader)
+        return nothing_leaves(_read_layers(reader), references)
     rank = _read_rank(reader)
     (iterations,) = reader.take("iterations", number(MAX_ITERATIONS))
     (decomposition,) = reader.take("decomposition", one_of(DECOMPOSITIONS))
@@ -95,6 +122,7 @@ def read_offload(reader: LineReader) -> OffloadPlan | None:
         noise=noise,
         integrity=integrity,
         integrity_vectors=int(vectors),
+        gpu_references=_read_references(reader),
         layers=_read_layers(reader),
     )
 
@@ -121,6 +149,27 @@ def _read_noise(reader: LineReader) -> PlannedNoise | None:
             _, clip, multiplier = reader.take("mechanism", exactly(name), fraction(), fraction())
             mechanisms.append(PlannedMechanism(name, float(clip), float(multiplier)))
     return PlannedNoise(adjacency, tuple(mechanisms))
+
+
+def _read_references(reader: LineReader) -> tuple[PlannedGpuReference, ...]:
+    found: list[PlannedGpuReference] = []
+    while reader.at("gpu-reference"):
+        if len(found) == MAX_GPU_REFERENCES:
+            raise reader.error(f"at most {MAX_GPU_REFERENCES} gpu-reference lines")
+        driver, vbios = reader.take("gpu-reference", name_word, name_word)
+        table: list[tuple[int, tuple[str, ...]]] = []
+        while reader.at("gpu-measurement") or not table:
+            least = table[-1][0] + 1 if table else 0
+            at, values = reader.take("gpu-measurement", number(MAX_GPU_MEASUREMENTS - 1, least=least), _values)
+            table.append((int(at), tuple(values.split(","))))
+        found.append(PlannedGpuReference(driver, vbios, tuple(table)))
+    return tuple(found)
+
+
+def _values(word: str) -> str | None:
+    values = word.split(",")
+    good = all(map(_VALUE.fullmatch, values)) and values == sorted(set(values)) and len(values) <= MAX_GPU_VALUES
+    return None if good else f"SHA-384 or SHA-512 digests in hexadecimal, sorted, with commas, at most {MAX_GPU_VALUES}"
 
 
 def _read_layers(reader: LineReader) -> tuple[PlannedLayer, ...]:

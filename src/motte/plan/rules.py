@@ -166,6 +166,26 @@ def tied_weights_on_one_side(plan: Plan, graph: Graph) -> Iterator[Flaw]:
             yield Flaw(line, f"shares its weight with {name}, which is on the other side", side, layer.side)
 
 
+def gpu_can_be_measured(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-12: layers on a confidential GPU come with good measurements of it, and good measurements with such layers."""
+    references = () if plan.offload is None else plan.offload.gpu_references
+    placed = [(line, layer) for line, layer in _layer_lines(plan) if layer.side == "confidential-gpu"]
+    if placed and not references:
+        line, layer = placed[0]
+        yield Flaw(line, "nothing says which measurements of the GPU are good", "a gpu-reference line", layer.name)
+    if references and not placed:
+        line = _first_cut_line(plan) + len(plan.cut_after)
+        yield Flaw(line, "good measurements of a GPU on which nothing is placed", "no gpu-reference line")
+
+
+def trusted_splits_nothing(plan: Plan, graph: Graph) -> Iterator[Flaw]:
+    """P-13: under the scheme ``trusted`` no layer is split."""
+    if plan.offload is not None and plan.offload.scheme == "trusted":
+        for line, layer in _layer_lines(plan):
+            if layer.side == "split":
+                yield Flaw(line, "a layer is split under a scheme that lets nothing leave", "inside", layer.name)
+
+
 def _word(layer: PlannedLayer) -> str:
     return "split" if layer.side == "split" else "confidential GPU"
 
@@ -193,5 +213,7 @@ RULES: dict[str, Callable[[Plan, Graph], Iterator[Flaw]]] = {
     "P-9": layers_exist,
     "P-10": split_weights_serve_only_their_layer,
     "P-11": tied_weights_on_one_side,
+    "P-12": gpu_can_be_measured,
+    "P-13": trusted_splits_nothing,
 }
 """In the order in which they run: a later rule may rely on the earlier ones."""

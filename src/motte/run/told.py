@@ -8,10 +8,28 @@ from dataclasses import dataclass
 from motte import errors
 from motte.capture.graph import Dim, Size, TensorType, Value
 from motte.errors import FrameError, MotteError, WorkerRefused
-from motte.limits import MAX_ACCELERATOR_LAYERS
+from motte.limits import MAX_ACCELERATOR_LAYERS, MAX_GRAPH_WEIGHTS, MAX_NAME_BYTES
 from motte.link.frames import Frame, Kind, WireTensor
 from motte.lower.lowered import EngineCheck
 from motte.strict_json import Fields
+
+
+@dataclass(frozen=True, slots=True)
+class OnGpu:
+    """Layers that run inside, whole, on a GPU that the worker proved to itself, as it tells it.
+
+    ``device`` in torch's words; ``proved_at``: ISO 8601, by the worker's clock; ``guest``: whose evidence the GPU's is
+    bound to (``snp``, ``tdx``); ``gpu``, ``gpu_driver`` and ``gpu_vbios``: product and versions, as in the verdict.
+    """
+
+    layers: tuple[str, ...]
+    device: str
+    simulated: bool
+    proved_at: str
+    guest: str
+    gpu: str
+    gpu_driver: str
+    gpu_vbios: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +37,15 @@ class Offload:
     """What the owner froze into a bundle with a scheme, as the worker tells it.
 
     ``accelerator`` is the name of the one in use; None: none was given, and everything runs inside. ``layers`` are
-    those that may run split. ``noise``: whether what leaves is clipped and noised.
+    those that may run split. ``noise``: whether what leaves is clipped and noised. ``gpu``: the layers that run on a
+    confidential GPU; None: there are none.
     """
 
     accelerator: str | None
     layers: tuple[str, ...]
     noise: bool
     integrity: str
+    gpu: OnGpu | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +122,25 @@ def read_offload(told: object) -> Offload:
         FrameError: malformed.
     """
     fields = Fields(told, where="READY.offload", error=FrameError)
-    name = fields.any("accelerator")
+    name, gpu = fields.any("accelerator"), fields.any("gpu")
     found = Offload(
         accelerator=None if name is None else read_text(name, "READY.offload.accelerator"),
         layers=tuple(fields.items("layers", max_items=MAX_ACCELERATOR_LAYERS, read=read_text)),
         noise=fields.boolean("noise"),
         integrity=fields.text("integrity", max_bytes=64),
+        gpu=None if gpu is None else _read_gpu(gpu),
+    )
+    fields.done()
+    return found
+
+
+def _read_gpu(told: object) -> OnGpu:
+    fields = Fields(told, where="READY.offload.gpu", error=FrameError)
+    words = ("device", "proved_at", "guest", "gpu", "gpu_driver", "gpu_vbios")
+    found = OnGpu(
+        layers=tuple(fields.items("layers", max_items=MAX_GRAPH_WEIGHTS, read=read_text)),
+        simulated=fields.boolean("simulated"),
+        **{word: fields.text(word, max_bytes=MAX_NAME_BYTES) for word in words},
     )
     fields.done()
     return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from motte.attest.anchors import Anchors
 from motte.attest.policy import Policy
-from motte.errors import AttestationError
+from motte.errors import AttestationError, ResourceError
 
 if TYPE_CHECKING:
     from motte.attest.ra_tls_verify import Demand
@@ -40,8 +40,12 @@ def attested(worker: WorkerProcess, demand: Demand, *, timeout_s: float) -> Verd
 
     Raises:
         EvidenceError, AttestationError: it is refused; nothing was sent but the bundle, which is ciphertext.
-        LinkError: it closed the link, or did not answer in time.
+        LinkError: it closed the link, or did not answer in time. ResourceError: its kind has no evidence.
     """
+    if worker.kind == "gramine-direct":
+        # It would say so itself, in clear, where TLS is awaited.
+        hint = "use gramine-sgx, vm, or a process with --evidence"
+        raise ResourceError("a worker of this kind has no evidence", got=worker.kind, hint=hint)
     from motte.link.attested import attested_client
 
     found: list[Verdict] = []

@@ -34,6 +34,7 @@ class _Options:
     engine: str
     precision: str = "f32"
     enclave: str = "process"
+    gpu: str = "none"
     host_fd: int | None = None
     accelerator_fd: int | None = None
     accelerator_name: str = "accelerator"
@@ -48,6 +49,7 @@ class _Options:
             "--engine": str,
             "--precision": str,
             "--enclave": str,
+            "--gpu": str,
             "--host-fd": int,
             "--accelerator-fd": int,
             "--accelerator-name": str,
@@ -62,12 +64,15 @@ class _Options:
                 found[field] = readers[name](value)
             except ValueError as problem:
                 raise SettingError("not a value of this argument", where=name, got=value) from problem
-        for field, allowed in (("engine", ENGINES), ("precision", PRECISIONS), ("enclave", TOLD)):
+        choices = (("engine", ENGINES), ("precision", PRECISIONS), ("enclave", TOLD), ("gpu", ("none", "nvidia")))
+        for field, allowed in choices:
             if found.get(field, allowed[0]) not in allowed:
                 raise SettingError(f"unknown {field}", expected=", ".join(allowed), got=found[field])
         missing = sorted({"fd", "threads", "engine"} - set(found))
         if missing:
             raise SettingError("an argument of the worker is missing", expected=", ".join(missing))
+        if found.get("gpu", "none") != "none" and (found["engine"], found.get("enclave")) != ("torch", "vm"):
+            raise SettingError("only torch in a confidential VM uses a GPU", where="gpu", got=found["engine"])
         return _Options(**found)
 
 
@@ -85,10 +90,15 @@ def main() -> int:
 
     # First of all: what an engine prints while it is loaded must not come between two frames.
     stream = inherited_stream(options.fd)
-    if options.enclave == "process":
+    if options.enclave == "vm":
+        # Whoever makes evidence must write to configfs: another process, so that this one need not.
+        from motte.trusted import guest_reports
+
+        guest_reports.start()
+    if options.gpu != "none":
+        hardening = harden.beside_driver()
+    elif options.enclave != "gramine":
         hardening = harden.before_threads()
-    elif options.enclave == "vm":
-        hardening = harden.harden()
     else:
         hardening = harden.elsewhere("Gramine: the enclave is the boundary, and its manifest says what may be called")
     if options.enclave != "process":
@@ -104,7 +114,7 @@ def main() -> int:
     from motte.trusted.host_channel import HostChannel
     from motte.trusted.worker import Worker
 
-    if options.enclave == "process":
+    if options.enclave != "gramine" and options.gpu == "none":
         hardening = harden.after_threads(hardening)
     kind, simulated = examine(options.enclave)
     hello = {
@@ -134,6 +144,7 @@ def main() -> int:
         hello=hello,
         precision=options.precision,
         accelerator=accelerator,
+        gpu=options.gpu != "none",
         host=None if options.host_fd is None else HostChannel(socket.socket(fileno=options.host_fd)),
     ).serve()
 

@@ -154,6 +154,18 @@ def harden(*, require: Collection[str] = ()) -> Hardening:
     return found
 
 
+def beside_driver() -> Hardening:
+    """:func:`harden`, for a worker that drives a GPU: its driver's library opens devices, maps them and makes requests
+    of them for as long as it computes, so neither Landlock nor the filter can come after it was loaded.
+
+    Raises:
+        ResourceError: as :func:`harden`.
+    """
+    found = harden()
+    why = "it drives a GPU, whose driver opens devices and makes requests of them"
+    return replace(found, lacking={**found.lacking, LANDLOCK: why, SECCOMP: why})
+
+
 def before_threads(*, readable: Sequence[Path] = (), require: Collection[str] = ()) -> Hardening:
     """:func:`harden`, and give up all files but those that the interpreter still reads (Landlock), and ``readable``.
 

@@ -27,6 +27,8 @@ _PATH_BENEATH: Final = 1
 
 _READ_FILE: Final = 1 << 2
 _READ_FOLDER: Final = 1 << 3
+_WRITE_FILE, _REMOVE_FOLDER, _MAKE_FOLDER, _CUT_OFF = 1 << 1, 1 << 4, 1 << 7, 1 << 14
+_CHANGING: Final = _WRITE_FILE | _REMOVE_FOLDER | _MAKE_FOLDER | _CUT_OFF
 _FILE_RIGHTS: Final = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 """ABI -> rights that it added: to read, write, run, make and remove; to move between folders; to cut off; to make
 requests of devices. All are given up, and only reading is given back."""
@@ -76,10 +78,14 @@ def interpreter_paths() -> tuple[Path, ...]:
     return tuple(Path(entry) for entry in every if os.path.isabs(entry) and os.path.exists(entry))
 
 
-def restrict(readable: Sequence[Path]) -> int:
+def restrict(readable: Sequence[Path], *, writable: Sequence[Path] = ()) -> int:
     """Give up, for good, all of the file system but reading ``readable`` (files, or folders with all below them).
 
     From ABI 4 on TCP too, and from ABI 6 on abstract Unix sockets of others and signals to them.
+
+    Args:
+        writable: folders below which files that exist may be read and written, and folders made and removed; no file
+            can be made there, moved or removed.
 
     Returns:
         The ABI that was used, at most 7: what later ones add is not known here.
@@ -99,6 +105,8 @@ def restrict(readable: Sequence[Path]) -> int:
     ruleset = _make_ruleset(struct.pack(f"={len(fields)}Q", *fields))
     try:
         _allow_reading(ruleset, readable)
+        for path in writable:
+            _allow(ruleset, path, handled & (_READ_FILE | _READ_FOLDER | _CHANGING))
         system_call(_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
@@ -116,24 +124,27 @@ def why_not(problem: OSError) -> str:
 
 def _allow_reading(ruleset: int, paths: Iterable[Path]) -> None:
     for path in paths:
-        try:
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except OSError as problem:
-            raise ResourceError(
-                "a path that should stay readable cannot be opened", where=str(path), got=str(problem)
-            ) from problem
-        try:
-            rights = _READ_FILE | (_READ_FOLDER if os.path.isdir(path) else 0)
-            _add_rule(ruleset, rights, fd)
-        except OSError:
-            os.close(fd)
-            raise
-        if path.parts[1:2] == ("proc",):
-            # A rule is about an inode, and /proc makes a new one when it is looked up again after being forgotten;
-            # an open descriptor keeps it.
-            _PINNED.append(fd)
-        else:
-            os.close(fd)
+        _allow(ruleset, path, _READ_FILE | (_READ_FOLDER if os.path.isdir(path) else 0))
+
+
+def _allow(ruleset: int, path: Path, rights: int) -> None:
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as problem:
+        raise ResourceError(
+            "a path that should stay readable cannot be opened", where=str(path), got=str(problem)
+        ) from problem
+    try:
+        _add_rule(ruleset, rights, fd)
+    except OSError:
+        os.close(fd)
+        raise
+    if path.parts[1:2] == ("proc",):
+        # A rule is about an inode, and /proc makes a new one when it is looked up again after being forgotten;
+        # an open descriptor keeps it.
+        _PINNED.append(fd)
+    else:
+        os.close(fd)
 
 
 def _add_rule(ruleset: int, rights: int, fd: int) -> None:

@@ -98,6 +98,9 @@ ABSENT: Final = {"clone3": 435, "openat2": 437}
 """Calls that answer ENOSYS: their arguments lie in memory, and callers fall back to an older call."""
 
 _WRITING: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+_OPENING: Final = {2: 1, 257: 2}
+"""open and openat; which of their arguments says for what."""
+_FOLDERS: Final = {"mkdir": 83, "rmdir": 84}
 _CLONE_THREAD: Final = 0x0001_0000
 _REQUESTS: Final = (0x5401, 0x5413, 0x5421, 0x541B, 0x5450, 0x5451)
 """ioctl: whether it is a terminal and how wide, non-blocking or not, how much waits, closed on exec or not."""
@@ -128,12 +131,12 @@ def unsupported() -> str | None:
     return None
 
 
-def program(pid: int) -> bytes:
-    """The filter for the process ``pid``, as ``struct sock_filter`` (8 bytes each)."""
+def program(pid: int, *, folders: bool = False) -> bytes:
+    """The filter for the process ``pid``, as ``struct sock_filter`` (8 bytes each); ``folders``: see :func:`load`."""
     denied = _ERROR | errno.EPERM
+    opening = () if folders else tuple(_Rule(call, flags, denied, without=_WRITING) for call, flags in _OPENING.items())
     rules = (
-        _Rule(2, 1, denied, without=_WRITING),  # open
-        _Rule(257, 2, denied, without=_WRITING),  # openat
+        *opening,
         _Rule(56, 0, _KILL, within=_CLONE_THREAD),  # clone
         _Rule(16, 1, denied, any_of=_REQUESTS),  # ioctl
         _Rule(157, 0, denied, any_of=_CONTROLS),  # prctl
@@ -150,6 +153,7 @@ def program(pid: int) -> bytes:
         _step(_RETURN, _KILL),
     ]
     code += _answer(ALLOWED.values(), _ALLOW)
+    code += _answer((*_OPENING, *_FOLDERS.values()) if folders else (), _ALLOW)
     code += _answer(FATAL.values(), _KILL)
     code += _answer(ABSENT.values(), _ERROR | errno.ENOSYS)
     for rule in rules:
@@ -158,8 +162,12 @@ def program(pid: int) -> bytes:
     return b"".join((*code, _step(_RETURN, denied)))
 
 
-def load() -> None:
+def load(*, folders: bool = False) -> None:
     """Put the filter on every thread of this process, for good. Needs "no new privileges" or CAP_SYS_ADMIN.
+
+    Args:
+        folders: let it make and remove folders and open files for writing: for a process that Landlock leaves one place
+            to do so (:mod:`motte.trusted.guest_reports`), since a filter sees no paths.
 
     Raises:
         OSError: the kernel has no seccomp filters, or refuses.
@@ -167,7 +175,7 @@ def load() -> None:
     """
     if (reason := unsupported()) is not None:
         raise ResourceError("the system calls of this process cannot be filtered", got=reason)
-    code = program(os.getpid())
+    code = program(os.getpid(), folders=folders)
     steps = ctypes.create_string_buffer(code, len(code))
     head = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", len(code) // 8, ctypes.addressof(steps)))
     if thread := system_call(_SECCOMP, _SET_MODE_FILTER, _TSYNC, ctypes.addressof(head)):

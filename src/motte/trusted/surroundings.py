@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from motte.errors import ResourceError, UnsupportedError
+from motte.errors import ResourceError
 
 if TYPE_CHECKING:
     from motte.attest.evidence import Evidence
@@ -49,7 +49,9 @@ def issuer(kind: str, host: HostChannel | None) -> Callable[[bytes], Evidence]:
 
         return sgx.issue
     if kind == "vm":
-        return _of_guest
+        from motte.trusted import guest_reports
+
+        return guest_reports.issue
     if host is None:
         raise ResourceError(
             "a worker of this kind has no evidence", got=kind, hint="use gramine-sgx, vm, or a process with --evidence"
@@ -63,19 +65,11 @@ def load_for_image(told: str) -> None:
     Neither a broker nor TLS nor evidence is tried while that is done.
     """
     names = ["motte.trusted.broker_keys", "motte.link.attested", "motte.attest.platforms.sgx"]
-    names += ["motte.attest.platforms.snp", "motte.attest.platforms.tdx"] if told == "vm" else []
+    of_guests = ["motte.attest.platforms.snp", "motte.attest.platforms.tdx", "motte.trusted.guest_reports"]
+    names += of_guests if told == "vm" else []
     for name in names:
         import_module(name)
     with suppress(ImportError):
         # A slim image leaves Python's OpenSSL out.
         import_module("motte.link.tls_stream")
         import_module("motte.seal.tls")
-
-
-def _of_guest(report_data: bytes) -> Evidence:
-    from motte.attest.platforms import snp, tdx
-
-    try:
-        return tdx.issue(report_data)
-    except (ResourceError, UnsupportedError):
-        return snp.issue(report_data)

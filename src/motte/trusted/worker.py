@@ -44,7 +44,7 @@ from motte.seal.keys import SignerPublicKey
 from motte.seal.manifest import LaidOutPart, Manifest, check_sizes, lay_out_parts, loads
 from motte.seal.primitives import x25519_public
 from motte.seal.reader import KeyEncryptionKey, UnlockedBundle, open_bundle
-from motte.seal.run_terms import check_terms
+from motte.seal.run_terms import TRUSTED, check_terms
 from motte.strict_json import Fields
 from motte.trusted.execution import Execution, prepare
 from motte.trusted.secret_memory import SecretBytes
@@ -53,6 +53,7 @@ from motte.trusted.weights import MODES, PartWeights, ResidentWeights, StreamedW
 
 if TYPE_CHECKING:
     from motte.accelerator.interface import Accelerator
+    from motte.trusted.confidential import OnGpu
     from motte.trusted.host_channel import HostChannel
     from motte.trusted.outside import Outside
 
@@ -110,6 +111,7 @@ class _Loaded:
     weights: PartWeights
     split: tuple[SplitNode, ...]
     outside: Outside | None
+    on_gpu: OnGpu | None
     checks: tuple[EngineCheck, ...]
     stated_dims: Mapping[str, int] | None
     rss_before_open_bytes: int | None
@@ -132,6 +134,7 @@ class Worker:
         host: by which the bundle's descriptor comes, and evidence; None: the bundle comes as bytes.
         accelerator: greets the accelerator whose link the worker was started with; None: it was started with none.
             Called once, after everything that decides what may leave was read and checked.
+        gpu: it was started to use the confidential GPU of its VM, for bundles that place layers on one.
     """
 
     def __init__(
@@ -143,9 +146,11 @@ class Worker:
         hello: Mapping[str, Any],
         precision: str = "f32",
         accelerator: Callable[[], Accelerator] | None = None,
+        gpu: bool = False,
         host: HostChannel | None = None,
     ) -> None:
         self._kind = kind
+        self._gpu = gpu
         self._host = host
         self._attest_s = 0.0
         self._link = link
@@ -196,7 +201,7 @@ class Worker:
         if request.verify_digests:
             signed.verify_digests(threads=request.open_threads)
         if kek is not None:
-            self._load(signed.unlock(kek), request, marks)
+            self._load(signed.unlock(kek), request, public, marks)
             return
         from motte.trusted.broker_keys import obtain
 
@@ -204,7 +209,7 @@ class Worker:
         data_keys = obtain(signed.header, self._link, issuer(self._kind, self._host))
         self._attest_s = time.perf_counter() - start
         marks[0] += self._attest_s
-        self._load(signed.unlock_with(data_keys), request, marks)
+        self._load(signed.unlock_with(data_keys), request, public, marks)
 
     def _attest(self, header: BundleHeader, public: bytes) -> None:
         """Go on inside of TLS that ends here, with evidence in its certificate for our key and the owner's terms."""
@@ -246,7 +251,7 @@ class Worker:
         self._link.secure(sending=sending, receiving=receiving)
         return kek
 
-    def _load(self, bundle: UnlockedBundle, request: OpenRequest, marks: list[float]) -> None:
+    def _load(self, bundle: UnlockedBundle, request: OpenRequest, public: bytes, marks: list[float]) -> None:
         manifest = loads(bundle.manifest())
         checks = self._checks(manifest, request.precision)
         terms = bundle.signed.header.run
@@ -258,7 +263,8 @@ class Worker:
                 expected=", ".join(terms.peers),
                 hint="run it without an accelerator, or let its owner name none",
             )
-        split = self._split(manifest, bundle.signed.header.public_weights)
+        on_gpu = self._on_gpu(manifest, bundle.signed.header, public)
+        split = self._split(manifest, bundle.signed.header.public_weights, on_gpu)
         parts = lay_out_parts(manifest, checked=True)
         check_sizes(parts, tuple(bundle.part_bytes(index) for index in range(bundle.parts)))
         streamed = request.mode == "streamed"
@@ -272,8 +278,8 @@ class Worker:
         weights: PartWeights = holder(bundle, parts, self._engine, threads=request.open_threads)
         marks.append(time.perf_counter())
         try:
-            outside = self._open_outside(manifest, split)
-            runners = {} if outside is None else outside.runners
+            outside = self._open_outside(manifest, split, on_gpu)
+            runners = {**({} if outside is None else outside.runners), **({} if on_gpu is None else on_gpu.runners)}
             execution = prepare(manifest, parts, self._engine, weights, resident=not streamed, runners=runners)
             self._refuse_copies(request, weights, execution)
         except BaseException:
@@ -282,7 +288,7 @@ class Worker:
         marks.append(time.perf_counter())
         if self._host is not None:
             self._host.close()
-        self._loaded = _Loaded(manifest, parts, execution, weights, split, outside, checks, dims, before, {})
+        self._loaded = _Loaded(manifest, parts, execution, weights, split, outside, on_gpu, checks, dims, before, {})
         self._link.send(Frame(Kind.READY, self._ready(marks)))
 
     def _refuse_copies(self, request: OpenRequest, weights: PartWeights, execution: Execution) -> None:
@@ -316,14 +322,38 @@ class Worker:
             )
         return found
 
-    def _split(self, manifest: Manifest, public: tuple[str, ...]) -> tuple[SplitNode, ...]:
+    def _on_gpu(self, manifest: Manifest, header: BundleHeader, public: bytes) -> OnGpu | None:
+        """The GPU that layers are placed on, proved before any weight is opened; None: no layer is.
+
+        Raises:
+            UnsupportedError: a worker that was not started for it. AttestationError, BundleError: see
+                :func:`motte.trusted.confidential.open_gpu`.
+        """
+        section = manifest.plan.offload
+        if section is None or not section.confidential_gpu:
+            return None
+        if not self._gpu:
+            problem = UnsupportedError(
+                "layers of this bundle run on a confidential GPU, which this worker cannot have",
+                where=", ".join(section.confidential_gpu)[:200],
+                expected="kind vm, engine torch, started with --gpu nvidia",
+                got=f"kind {self._kind}, engine {self._engine.name}, not started for a GPU",
+                hint="run it with --enclave vm (docs/tee/nvidia.md), or let its owner seal it without --gpu-layers",
+            )
+            problem.check = "U-1"
+            raise problem
+        from motte.trusted.confidential import open_gpu
+
+        return open_gpu(section, manifest.graph, header, public, issue=issuer(self._kind, self._host))
+
+    def _split(self, manifest: Manifest, public: tuple[str, ...], on_gpu: OnGpu | None) -> tuple[SplitNode, ...]:
         """The nodes that may run split, by the frozen placement and the signed header; nothing is sent yet.
 
         Raises:
             BundleError: checks M-3 and M-4. SettingError: an accelerator for a bundle that sends nothing to one.
         """
         section = manifest.plan.offload
-        if section is None:
+        if section is None or section.scheme == TRUSTED:
             if self._accelerator is not None:
                 raise SettingError(
                     "this bundle lets nothing out to an accelerator",
@@ -331,9 +361,9 @@ class Worker:
                     hint="run it without one, or let its owner seal it with --scheme asymmetric",
                 )
             return ()
-        return split_nodes(manifest.graph, section, public)
+        return split_nodes(manifest.graph, section, public, gpu=None if on_gpu is None else on_gpu.gpu)
 
-    def _open_outside(self, manifest: Manifest, split: tuple[SplitNode, ...]) -> Outside | None:
+    def _open_outside(self, manifest: Manifest, split: tuple[SplitNode, ...], on_gpu: OnGpu | None) -> Outside | None:
         section = manifest.plan.offload
         if section is None or self._accelerator is None:
             return None
@@ -343,7 +373,7 @@ class Worker:
             )
         from motte.trusted.outside import Outside
 
-        scheme, _ = from_plan(section)
+        scheme, _ = from_plan(section, gpu=None if on_gpu is None else on_gpu.gpu)
         with _one_run():
             return Outside(split, scheme, self._accelerator())
 
@@ -388,6 +418,7 @@ class Worker:
             "layers": [node.name for node in loaded.split],
             "noise": section.noise is not None,
             "integrity": section.integrity,
+            "gpu": None if loaded.on_gpu is None else loaded.on_gpu.told(),
         }
 
     def _answer(self, frame: Frame) -> None:

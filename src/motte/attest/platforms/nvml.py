@@ -60,12 +60,7 @@ def read_gpu(nonce: bytes, *, index: int = 0, library: Any = None) -> GpuAnswer:
     Raises:
         ResourceError: no library, no such GPU, or it is not in confidential-computing mode.
     """
-    if library is None:
-        try:
-            library = ctypes.CDLL(LIBRARY)
-        except OSError as problem:
-            hint = "it comes with NVIDIA's driver, and has to be in the guest"
-            raise ResourceError("NVIDIA's management library is missing", where=LIBRARY, hint=hint) from problem
+    library = _opened() if library is None else library
     _call(library, "nvmlInit_v2")
     try:
         device = ctypes.c_void_p()
@@ -82,6 +77,30 @@ def read_gpu(nonce: bytes, *, index: int = 0, library: Any = None) -> GpuAnswer:
         bytes(report.report)[: report.size],
         bytes(chain.attestation_chain)[: chain.attestation_chain_size].rstrip(b"\x00"),
     )
+
+
+def count_gpus(*, library: Any = None) -> int:
+    """How many GPUs the driver has here, whatever an environment hides from CUDA.
+
+    Raises:
+        ResourceError: as :func:`read_gpu`.
+    """
+    library = _opened() if library is None else library
+    _call(library, "nvmlInit_v2")
+    try:
+        count = ctypes.c_uint()
+        _call(library, "nvmlDeviceGetCount_v2", ctypes.byref(count))
+    finally:
+        library.nvmlShutdown()
+    return count.value
+
+
+def _opened() -> Any:
+    try:
+        return ctypes.CDLL(LIBRARY)
+    except OSError as problem:
+        hint = "it comes with NVIDIA's driver, and has to be in the guest"
+        raise ResourceError("NVIDIA's management library is missing", where=LIBRARY, hint=hint) from problem
 
 
 def _call(library: Any, name: str, *arguments: Any) -> None:

@@ -106,7 +106,7 @@ def test_the_processor_clock_agrees_with_psutil() -> None:
     while time.process_time() - began < 0.03:
         sum(range(1000))
     before = process.cpu_times()
-    sample = watched.sample(pss=True)
+    sample = watched.sample(mark=True)
     after = process.cpu_times()
     assert sample is not None
     assert before.user + before.system - 0.02 <= (sample.cpu_s or 0) <= after.user + after.system + 0.02
@@ -140,7 +140,7 @@ def test_nothing_of_the_whole_machine_is_asked(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_hidden_process_is_no_row_of_zeros(tmp_path: Path) -> None:
     watched = WatchedProcess(os.getpid(), proc=tmp_path)
-    sample = watched.sample(pss=True)
+    sample = watched.sample(mark=True)
     assert sample is not None
     assert {getattr(sample, name) for name in sample.why} == {None}
     assert len(sample.why) == 6
@@ -160,24 +160,29 @@ def test_what_proc_says_is_read_as_the_kernel_writes_it(tmp_path: Path) -> None:
     (place / "statm").write_text("100 3 2 1 0 1 0")
     (place / "status").write_text("Name:\tx\nVmHWM:\t  12 kB\n")
     watched = WatchedProcess(os.getpid(), proc=tmp_path)
-    first = watched.sample(pss=False)
+    first = watched.sample(mark=True)
     assert first is not None
     assert (first.page_faults, first.peak_rss_bytes, first.context_switches) == (10, 12 * 1024, 32)
     assert first.rss_bytes == 3 * os.sysconf("SC_PAGE_SIZE")
+    between = watched.sample(mark=False)
+    assert between is not None
+    assert (between.page_faults, between.rss_bytes) == (10, first.rss_bytes)
+    assert set(between.why) == {"peak_rss_bytes", "pss_bytes", "context_switches"}
+    assert {getattr(between, name) for name in between.why} == {None}
     switches(1, 11)
     (place / "status").write_text("Name:\tx\n")
-    second = watched.sample(pss=True)
+    second = watched.sample(mark=True)
     assert second is not None
     assert second.context_switches == 33
     assert set(second.why) == {"peak_rss_bytes", "pss_bytes"}
     (place / "stat").write_text("1 (a) S")
-    broken = watched.sample(pss=False)
+    broken = watched.sample(mark=False)
     assert broken is not None
     assert broken.page_faults is None
     (place / "stat").write_text("1 (a) Z 1 1")
-    assert watched.sample(pss=False) is None, "a zombie has ended"
+    assert watched.sample(mark=False) is None, "a zombie has ended"
     watched.close()
-    closed = watched.sample(pss=False)
+    closed = watched.sample(mark=False)
     assert closed is not None
     assert closed.why["cpu_s"] == "not watched any more"
 
@@ -186,11 +191,11 @@ def test_a_thread_that_ended_stays_counted() -> None:
     watched, go = WatchedProcess(os.getpid()), threading.Event()
     thread = threading.Thread(target=go.wait)
     thread.start()
-    before = watched.sample(pss=False)
+    before = watched.sample(mark=True)
     go.set()
     thread.join()
     wait_for(lambda: str(thread.native_id) not in os.listdir("/proc/self/task"))
-    after = watched.sample(pss=False)
+    after = watched.sample(mark=True)
     assert before is not None
     assert after is not None
     assert (after.context_switches or 0) >= (before.context_switches or 0) > 0
@@ -206,12 +211,12 @@ def test_a_process_that_takes_over_the_number_is_not_read() -> None:
     with a_child(IDLE) as child:
         wait_up(child)
         watched = WatchedProcess(child.pid)
-        assert watched.sample(pss=False) is not None
+        assert watched.sample(mark=True) is not None
         child.kill()
         child.wait()
-        assert watched.sample(pss=False) is None
+        assert watched.sample(mark=True) is None
         # Its files stay those of the process that ended, whoever gets the number now.
-        assert watched.sample(pss=True) is None
+        assert watched.sample(mark=True) is None
         watched.close()
 
 

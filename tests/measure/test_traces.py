@@ -183,3 +183,18 @@ def test_a_segment_without_marks_has_no_figures() -> None:
     assert trace.why("cpu_percent") == NO_RATE
     assert Trace((), ()).why("rss_bytes") == "no sample was taken"
     assert Trace((), ()).peak_memory_bytes() is None
+
+
+def test_what_marks_alone_read_stands_until_the_next_and_outlives_its_process() -> None:
+    between = {"context_switches": None, "peak_rss_bytes": None, "why": {"context_switches": NOT_AT_MARK}}
+    samples = (
+        a_sample(9, "first", worker=a_process(0.0), helper=a_process(0.0, context_switches=7)),
+        a_sample(11, "first", worker=a_process(0.0), helper=a_process(0.0, context_switches=9)),
+        a_sample(15, worker=a_process(0.1, **between), helper=a_process(0.1, rss=5000, **between)),
+        a_sample(19, "first", worker=a_process(0.1, context_switches=6), helper=None),
+    )
+    trace = Trace(samples, (a_stretch("first", 10, 18),))
+    points = trace.points()
+    assert [point.figures["context_switches"] for point in points] == [0, 2, None, 3]
+    assert points[2].missing["context_switches"] == NOT_AT_MARK
+    assert trace.peak_memory_bytes() == 6000

@@ -29,6 +29,7 @@ _MAX_THREADS: Final = 256
 """Whose switches are counted one by one; each takes an open file."""
 _FIGURES: Final = ("cpu_s", "rss_bytes", "peak_rss_bytes", "pss_bytes", "page_faults", "context_switches")
 NOT_AT_MARK: Final = "read at marks only"
+_BETWEEN: Final = dict.fromkeys(("peak_rss_bytes", "pss_bytes", "context_switches"), NOT_AT_MARK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +49,9 @@ class WatchedProcess:
     """One process under test, through files of /proc that stay open.
 
     An open file of /proc belongs to the process and not to its number: a process that takes over the number later is
-    never read. And it is cheap: a sample takes some 30 microseconds of processor time, where opening the files anew, as
-    ``psutil`` has to, takes a millisecond, which at 20 Hz alone would cost the measured work more than 1 %.
+    never read. And it is cheap: opening the files anew, as ``psutil`` has to, takes a millisecond, which at 20 Hz alone
+    would cost the measured work more than 1 %. For the same reason the high-water mark, which only rises, and the
+    switches of every thread are read at marks only: the kernel writes a page of text for each of these.
     """
 
     def __init__(self, pid: int, *, proc: Path = Path("/proc")) -> None:
@@ -75,11 +77,10 @@ class WatchedProcess:
             os.close(handle)
         self._open, self._threads, self._hidden = None, {}, "not watched any more"
 
-    def sample(self, *, pss: bool) -> ProcessSample | None:
-        """Read it once; None when it has ended. ``pss``: also its proportional memory, which takes milliseconds."""
+    def sample(self, *, mark: bool) -> ProcessSample | None:
+        """Read it once; None when it has ended. ``mark``: also what takes long, proportional memory first of all."""
         if self._open is None:
             return ProcessSample(**dict.fromkeys(_FIGURES), why=dict.fromkeys(_FIGURES, self._hidden))
-        why: dict[str, str] = {}
         stat, statm, status = self._open
         try:
             # The name, in parentheses, may hold spaces and parentheses of its own.
@@ -88,20 +89,32 @@ class WatchedProcess:
                 return None
             faults = int(words[7]) + int(words[9])
             pages = int(_read(statm).split()[1])
-            peak = _field(_read(status), b"VmHWM")
+            peak = _field(_read(status), b"VmHWM") if mark else None
             cpu_s = self._cpu_s(words)
         except ProcessLookupError:
             return None
         except (OSError, ValueError, IndexError) as problem:
             return ProcessSample(**dict.fromkeys(_FIGURES), why=dict.fromkeys(_FIGURES, f"/proc: {problem}"[:200]))
-        share = proportional_bytes(self._place) if pss else None
+        resident = pages * _PAGE_BYTES
+        if not mark:
+            return ProcessSample(
+                cpu_s=cpu_s,
+                rss_bytes=resident,
+                peak_rss_bytes=None,
+                pss_bytes=None,
+                page_faults=faults,
+                context_switches=None,
+                why=_BETWEEN,
+            )
+        why: dict[str, str] = {}
+        share = proportional_bytes(self._place)
         if share is None:
-            why["pss_bytes"] = "hidden: the process is not dumpable" if pss else NOT_AT_MARK
+            why["pss_bytes"] = "hidden: the process is not dumpable"
         if peak is None:
             why["peak_rss_bytes"] = "the kernel tells no high-water mark"
         return ProcessSample(
             cpu_s=cpu_s,
-            rss_bytes=pages * _PAGE_BYTES,
+            rss_bytes=resident,
             peak_rss_bytes=None if peak is None else peak * KIB,
             pss_bytes=share,
             page_faults=faults,
@@ -171,12 +184,12 @@ class Reader:
         self._gpu = gpu
 
     def row(self, *, of: str | None = None) -> dict[str, Any]:
-        """JSON values of one moment: of all processes, or of the case ``of`` alone, then with proportional memory."""
+        """JSON values of one moment: of all processes, or of the case ``of`` alone, then with all that a mark reads."""
         time_ns = time.perf_counter_ns()
         chosen = {name: each for name, each in self.watched.items() if of is None or case_of(name) == of}
         processes: dict[str, Any] = {}
         for name, process in chosen.items():
-            found = process.sample(pss=of is not None)
+            found = process.sample(mark=of is not None)
             processes[name] = None if found is None else {**{f: getattr(found, f) for f in _FIGURES}, "why": found.why}
         energy = self._energy if isinstance(self._energy, Absent) else self._energy.read_j()
         return {

@@ -23,6 +23,8 @@ from motte.strict_json import Fields, canonical, parse
 
 _MAX_COMMAND_BYTES: Final = 4096
 _MAX_PID: Final = 1 << 22
+_ROW_BYTES: Final = 1024
+"""At least what the text of a row takes for each process."""
 
 
 class Loop:
@@ -32,7 +34,7 @@ class Loop:
         self._reader = reader
         self._period_ns = round(period_s * 1e9)
         self._send = send
-        self._rows: list[bytes] = []
+        self._rows: list[dict[str, Any]] = []
         self._bytes = 0
         self._next_ns = time.perf_counter_ns() + self._period_ns
 
@@ -50,9 +52,9 @@ class Loop:
         self._next_ns += (late_ns // self._period_ns + 1) * self._period_ns
         if not self._reader.watched or self._bytes > MAX_TRACE_BYTES:
             return
-        row = canonical(self._reader.row())
-        self._rows.append(row)
-        self._bytes += len(row)
+        # As values until the end: writing them as text takes as long as reading them did.
+        self._rows.append(self._reader.row())
+        self._bytes += _ROW_BYTES * len(self._reader.watched)
 
     def obey(self, line: bytes) -> bool:
         """Carry out one command; whether to go on."""
@@ -81,7 +83,7 @@ class Loop:
             case _:
                 self._send({"ok": {"rows": len(self._rows), "full": self._bytes > MAX_TRACE_BYTES}})
                 for row in self._rows:
-                    write_line(row)
+                    write_line(canonical(row))
                 return False
         fields.done()
         return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -125,10 +125,15 @@ class Trace:
     def peak_memory_bytes(self) -> int | None:
         """The sum of each process's own high-water mark: never less than what was held at once. None: hidden."""
         peaks: dict[str, int] = {}
+        held: dict[str, int] = {}
         for sample in self.samples:
             for name, process in _filled(sample).items():
                 peaks[name] = max(peaks.get(name, 0), process.peak_rss_bytes or 0)
-        return sum(peaks.values()) if peaks and 0 not in peaks.values() else None
+                # Of a process that ended before a mark could read its own.
+                held[name] = max(held.get(name, 0), process.rss_bytes or 0)
+        if not peaks or 0 in peaks.values():
+            return None
+        return sum(max(peak, held[name]) for name, peak in peaks.items())
 
     def energy_j(self, segment: str) -> float | None:
         """What the processor packages took in ``segment``, everything that ran beside included. None: not to be had."""
@@ -238,7 +243,12 @@ class _Counters:
 
     def pass_over(self, sample: Sample) -> None:
         """Remember what each process had used: it stays counted after its end."""
-        self._ended |= _filled(sample)
+        for name, process in _filled(sample).items():
+            before = self._ended.get(name)
+            if process.context_switches is None and before is not None:
+                # Read at marks only: the last count stands until the next.
+                process = replace(process, context_switches=before.context_switches)
+            self._ended[name] = process
 
     def row(self, sample: Sample, before: Sample | None) -> tuple[dict[str, float | int | None], dict[str, str]]:
         """The figures of one row, and the reasons of those that are None."""

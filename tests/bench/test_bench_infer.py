@@ -255,4 +255,5 @@ def test_ctrl_c_leaves_no_process_and_no_file(running: subprocess.Popen[str], tm
     gone, alive = psutil.wait_procs(children, timeout=20)
     assert len(gone) == len(children)
     assert alive == []
-    assert list(tmp_path.iterdir()) == []
+    # torch itself makes an empty folder for a compiler's cache, once it gets as far as exporting.
+    assert [path for path in tmp_path.rglob("*") if not path.name.startswith("torchinductor_")] == []

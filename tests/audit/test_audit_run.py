@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
+from torch import nn
 
 from motte.audit import run as suites
+from motte.audit.attacks.registry import ABOUT_WHAT_WAS_LEARNT, ATTACKS
 from motte.audit.document import decode_audit
 from motte.audit.epsilon import EmpiricalEpsilon
-from motte.audit.interface import Check, Context, Job, Outcome, Scene, standard_job
+from motte.audit.interface import Budget, Check, Context, Job, Outcome, Scene, standard_job
 from motte.audit.observe import observe_file
 from motte.audit.run import AuditRequest, record_inference, run_audit, write_audit
 from motte.audit.scene import Audited, activations, make_stage
 from motte.audit.tensorboard import write_tensorboard
+from motte.capture.signature import ImagePreprocessing, Signature
 from motte.cli import audit as cli
 from motte.errors import InputError, MeasureError, SettingError, UnsupportedError
 from motte.offload.settings import Asymmetric, Fixed, Gaussian, Mechanism
@@ -134,6 +140,43 @@ def test_nothing_is_left_where_an_audit_cannot_be_written(
     assert list((tmp_path / "results").iterdir()) == []
 
 
+def test_a_limit_is_shared_by_the_jobs_still_to_come(bars: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    class Spends:
+        def plan(self, scene: Scene) -> Sequence[Job]:
+            def run(context: Context) -> Outcome:
+                given.append(context.budget.seconds)
+                return Outcome()
+
+            return [Job(str(number), run) for number in range(4)]
+
+    monkeypatch.setattr(suites, "ATTACKS", {"test": ("", "")})
+    monkeypatch.setattr(suites, "load", lambda _name, **_options: Spends())
+    full = replace(request_of(bars, ALL[:1], suite="full"), data=bars.data_set(200, 128))
+    run_audit(replace(full, seconds=80.0))
+    assert given == pytest.approx([20, 26.7, 40, 80], rel=0.1)
+    given.clear()
+    run_audit(replace(full, budget=0.1))
+    assert given == [90.0] * 4, "no limit but each position's own"
+    for wrong in (0.0, float("inf")):
+        with pytest.raises(SettingError, match="number of seconds"):
+            request_of(bars, seconds=wrong)
+
+
+def test_what_random_weights_say_nothing_of_is_said_and_not_measured(
+    bars: Any, planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suites, "ABOUT_WHAT_WAS_LEARNT", {"test": "for a test"})
+    request = request_of(bars, ALL[:2])
+    found = run_audit(request).document
+    assert found.weights_origin == "random"
+    assert (found.findings, [each.message for each in found.failures]) == ((), ["n/a: for a test"] * 2)
+    trained = replace(request, built=replace(request.built, signature=Signature("bars-net", "a file")))
+    assert run_audit(trained).document.findings
+    assert set(ABOUT_WHAT_WAS_LEARNT) <= set(ATTACKS)
+
+
 def test_what_cannot_be_audited(bars: Any, planned: Planned) -> None:
     with pytest.raises(SettingError, match="each scheme once"):
         request_of(bars, ())
@@ -152,6 +195,21 @@ def test_what_cannot_be_audited(bars: Any, planned: Planned) -> None:
 
 
 # --- observing a recording ------------------------------------------------------------------------------------------
+def test_grey_images_are_given_to_a_model_of_colours_as_three_equal_ones(bars: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    photos = ImagePreprocessing("RGB", 8, 8, "bilinear", (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    built = replace(bars.built(model), signature=Signature("colours", "random", photos))
+    data = bars.data_set()
+    stage = make_stage(built, data, suite="quick", budget=Budget(), seed=0)
+    assert stage.input_shape == (3, 8, 8)
+    images, _ = stage.records("test", 3)
+    grey = torch.from_numpy(data.test.read(np.arange(3), None)).float() / 255
+    assert torch.allclose(images, grey - torch.tensor([0.1, 0.2, 0.3]).reshape(1, 3, 1, 1), atol=1e-6)
+    two = replace(data, shape=(2, 8, 8))
+    with pytest.raises(UnsupportedError, match="other colours"):
+        make_stage(built, two, suite="quick", budget=Budget(), seed=0)
+
+
 def test_a_recording_is_listed_with_shares_where_the_inputs_are_known(bars: Any, tmp_path: Path) -> None:
     request = request_of(bars, (Audited("trusted"), Audited("asymmetric", PLAIN)), budget=1.0)
     record_inference(request, tmp_path / "run")
@@ -241,6 +299,13 @@ def test_the_command_line(
     ):
         assert motte_audit(*words, *wrong) == status, wrong
     assert motte_audit(model, "--data", "sealed:x") == 2
+    capsys.readouterr()
+
+    again = (*words, "--scheme", "asymmetric", "--add")
+    assert motte_audit(*again) == 2, "--add needs --out"
+    assert motte_audit(*again, "--out", str(tmp_path / "out")) == 2, "of other schemes"
+    assert motte_audit(*words, "--add", "--out", str(tmp_path / "out"), "--attack", "conformance") == 0
+    assert decode_audit((tmp_path / "out" / "audit.json").read_bytes(), where="x").checks
     capsys.readouterr()
 
     # An attack that proves more than the accountant states is a failure of motte, and of this command.

@@ -14,9 +14,10 @@ import pytest
 from motte.audit.attacks import conformance
 from motte.audit.attacks.conformance import ACCEPTED, Conformance, Conforming, Line, Trial, tried
 from motte.audit.attacks.conformance_bundle import bundle_trials
+from motte.audit.attacks.conformance_evidence import evidence_trials, load_vectors
 from motte.audit.attacks.conformance_link import accelerator_trials, link_trials
 from motte.audit.interface import Budget, Context
-from motte.errors import BundleError, DecryptError, InputError, SignatureError
+from motte.errors import BundleError, DecryptError, FormatError, InputError, SignatureError
 from motte.seal.checks import CHECKS
 
 ALONE = """
@@ -138,7 +139,7 @@ def test_plaintext_that_gets_out_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_broker_is_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("motte.provision.broker.extra._NEEDED", ("a_package_that_there_is_none_of",))
     skipped: dict[str, str] = {}
-    assert [area for area, _ in conformance._areas(tmp_path, skipped)] == ["bundle", "link", "accelerator"]
+    assert [area for area, _ in conformance._areas(tmp_path, skipped)] == ["bundle", "link", "accelerator", "evidence"]
     assert "motte[broker]" in skipped["broker"]
 
 
@@ -146,3 +147,64 @@ def test_a_link_that_takes_what_was_not_asked_for_is_noticed(monkeypatch: pytest
     assert failed(link_trials()) == set()
     monkeypatch.setattr("motte.accelerator.calculator.Calculator.forward", lambda *_, **__: 1 / 0)
     assert "an honest answer" in failed(accelerator_trials())
+
+
+ALL = ("sgx", "tdx", "snp", "nvidia", "tpm")
+
+
+@pytest.mark.parametrize(
+    ("gone", "accepted"),
+    [
+        (
+            "motte.attest.report_data.Binding.require",
+            {
+                *(f"{each} evidence: said to speak for another {what}" for each in ALL for what in ("nonce", "key")),
+                *(f"{each} evidence: of one configuration, said to be of another" for each in ALL),
+            },
+        ),
+        ("motte.attest.policy.NotDebug._decide", {"snp evidence: of a guest that can be debugged"}),
+        (
+            "motte.attest.policy.TcbStatus._decide",
+            {f"{each} evidence: of firmware that is out of date" for each in ("sgx", "tdx", "snp")},
+        ),
+        (
+            "motte.attest.policy.Configuration._decide",
+            {f"{each} evidence: of a configuration that no owner signed" for each in ALL},
+        ),
+    ],
+)
+def test_a_check_of_evidence_that_is_gone_is_noticed(
+    gone: str, accepted: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("dcap_qvl")
+    monkeypatch.setattr(gone, lambda *_: None)
+    assert accepted <= failed(evidence_trials(ALL))
+
+
+def test_each_platform_has_what_a_host_a_vendor_and_a_relay_can_do_wrong() -> None:
+    binding, tables = load_vectors()
+    assert tuple(table.platform for table in tables) == ALL
+    for table in tables:
+        names = " ".join(trial.name for trial in evidence_trials((table.platform,)))
+        for lie in ("flipped", "another root", "another nonce", "a second time", "foreign chain", "no owner signed"):
+            assert lie in names
+    assert len(binding.report_data()) == 64
+
+
+def test_damaged_vectors_are_an_error_and_not_an_empty_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "vectors").mkdir()
+    monkeypatch.setattr("motte.audit.attacks.conformance_evidence.resources.files", lambda _: tmp_path)
+    text = b'{"binding":{},"format":"motte-evidence-vectors-1","platforms":[]}'
+    for damaged in (b"{}", text, text.replace(b'1"', b'2"'), b"\x00"):
+        (tmp_path / "vectors" / "evidence.json").write_bytes(damaged)
+        with pytest.raises(FormatError):
+            list(evidence_trials(ALL))
+
+
+def test_evidence_of_sgx_and_tdx_is_left_out_where_its_verifier_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conformance, "find_spec", lambda _: None)
+    skipped: dict[str, str] = {}
+    assert conformance._verifiable(skipped) == ("snp", "nvidia", "tpm")
+    assert "dcap-qvl" in " ".join(skipped.values())

@@ -27,7 +27,7 @@ from motte.audit.attacks.registry import ATTACKS, load
 from motte.audit.interface import Attack, Budget, Context, Position, PublicData, Subject, Truth, bracketed
 from motte.audit.views import pipeline_of
 from motte.errors import InputError, SettingError
-from motte.offload.settings import Asymmetric, Fixed
+from motte.offload.settings import Asymmetric, Fixed, Gaussian, Mechanism
 
 CLASSES = 10
 
@@ -169,6 +169,32 @@ def test_labels_through_the_real_pipeline_all_of_them_at_the_ceiling_and_none_at
     assert any("gradient of the softmax left, for 5" in note for note in finding.notes)
     with pytest.raises(SettingError, match="fitted"):
         LabelRecovery().attack(subjects[0].view, Context(0, budget))
+
+
+def test_a_model_that_has_learnt_nothing_tells_labels_by_a_layer_in_the_middle_unless_gradients_have_noise() -> None:
+    torch.manual_seed(0)
+    front = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 32, 3, padding=1), nn.ReLU()]
+    fresh = nn.Sequential(*front, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES)).eval()
+    some, budget = Mechanism(clip=1.0, noise_multiplier=0.5), Budget(samples=40, public_samples=200)
+
+    def recovered(noise: Gaussian | None) -> float:
+        pipeline = pipeline_of(
+            Asymmetric(noise=noise, rank=Fixed(1)),
+            everything_leaves=False,
+            position=Position.SCHEME,
+            model=fresh,
+            audited="for a test",
+            input_shape=(1, 8, 8),
+            classes=CLASSES,
+        )
+        attack, context = LabelRecovery(), Context(0, budget)
+        attack.fit(PublicData(*digits(200, 400), (0.0,), (1.0,), pipeline), context)
+        result = attack.attack(pipeline.observe(*digits(40)), context)
+        return attack.score(result, Truth(*digits(40), (0.0,), (1.0,), fresh), context).brackets["accuracy"].value
+
+    assert recovered(None) > 0.9
+    assert recovered(Gaussian(residual=some)) > 0.9, "noise on residuals hides no gradient"
+    assert recovered(Gaussian(residual=some, gradient=some)) < 0.4
 
 
 def test_what_the_view_holds_is_the_gradient_of_the_step() -> None:

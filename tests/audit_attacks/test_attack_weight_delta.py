@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from motte.audit.attacks.weight_delta import WeightDelta, principal_part, solvable, steps_of, true_activation
-from motte.audit.attacks.weight_delta_system import SystemSize, solve_input, system_size
+from motte.audit.attacks.weight_delta_system import solve_input
 from motte.audit.interface import Attack, Budget, Outcome, Position, PublicData, Subject, Truth, View, bracketed
 from motte.audit.views import pipeline_of
 from motte.errors import ResourceError, UnsupportedError
 from motte.linear import compute
 from motte.linear.operation import LinearOperation
 from motte.offload.settings import Asymmetric, Fixed, Gaussian, Mechanism
+from motte.offload.weight_delta_bound import SystemSize, determined_up_to, system_size
 
 LAYER = "3"
 BATCH = 4
@@ -90,6 +91,9 @@ def test_it_is_exact_up_to_as_many_unknowns_as_equations_and_not_beyond() -> Non
     assert not size.determined
     # The solution of least norm holds the share of directions that the equations see.
     assert error == pytest.approx(math.sqrt(1 - 576 / 784), abs=0.05)
+    operation = conv(8, 64, (3, 3), padding=(1, 1))
+    most = determined_up_to(operation, (16, 8, 7, 7))
+    assert [system_size(operation, (batch, 8, 7, 7)).determined for batch in (most, most + 1)] == [True, False]
 
 
 def test_noise_is_told_from_signal_and_never_makes_it_worse_than_knowing_nothing() -> None:
@@ -173,7 +177,7 @@ def test_noise_on_all_that_leaves_stands_against_it() -> None:
     assert error.scheme.value >= alone.scheme.value - 0.1, "and the attack adds nothing to what left"
 
 
-def test_noise_on_residuals_alone_cancels_and_noise_on_all_three_does_not() -> None:
+def test_noise_on_residuals_alone_cancels_and_noise_on_gradients_or_updates_does_not() -> None:
     true = true_activation(Truth(*images(2 * BATCH, 1), (0.0,), (1.0,), victim()), LAYER, BATCH)
     left = watched(Position.SCHEME, None).view.batch(LAYER, step=1)
     assert left is not None
@@ -187,6 +191,8 @@ def test_noise_on_residuals_alone_cancels_and_noise_on_all_three_does_not() -> N
         return float((found.x - wanted).norm() / wanted.norm())
 
     assert error(Gaussian(residual=SOME)) < 0.05
+    assert error(Gaussian(residual=SOME, gradient=SOME)) > 0.9
+    assert error(Gaussian(residual=SOME, update=SOME)) > 0.9
     assert error(Gaussian(residual=SOME, gradient=SOME, update=SOME)) > 0.9
 
 

@@ -6,6 +6,7 @@ measured epsilon above the stated one is listed too; whoever runs the audit must
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from motte.audit.attacks.registry import ATTACKS, load
+from motte.audit.attacks.registry import ABOUT_WHAT_WAS_LEARNT, ATTACKS, load
 from motte.audit.claims import Evidence, decide
 from motte.audit.document import (
     AuditDocument,
@@ -40,6 +41,7 @@ from motte.audit.scene import Audited, SchemeScene, Stage, activations, make_sta
 from motte.audit.views import SplitPipeline, in_process
 from motte.errors import InputError, MotteError, ResourceError, SettingError
 from motte.measure.provenance import package_versions
+from motte.offload.cautions import unspoken
 from motte.offload.modules import SplitModule
 from motte.offload.protect import protect
 from motte.seal.atomic import atomic_file
@@ -73,9 +75,11 @@ class AuditRequest:
         attacks: by name; None: all.
         link: starts an accelerator for each view.
         lpips: weights of the learnt image metric; None: n/a.
+        seconds: that all attacks may take together, shared among the jobs still to come; None: what the suite says.
+        measures: whether what needs no attacker is measured too; a piece that is added to an audit has that already.
 
     Raises:
-        SettingError: no scheme, one twice, or an unknown attack.
+        SettingError: no scheme, one twice, an unknown attack, or not a number of seconds.
     """
 
     built: BuiltModel
@@ -87,11 +91,15 @@ class AuditRequest:
     attacks: tuple[str, ...] | None = None
     link: Link = field(default=in_process, repr=False)
     lpips: Path | None = None
+    seconds: float | None = None
+    measures: bool = True
 
     def __post_init__(self) -> None:
         words = [str(each) for each in self.audited]
         if not words or len(set(words)) != len(words):
             raise SettingError("name each scheme once, and one at least", got=", ".join(words) or "none")
+        if self.seconds is not None and not (math.isfinite(self.seconds) and self.seconds > 0):
+            raise SettingError("not a number of seconds", where="seconds", got=str(self.seconds))
         for name in self.attacks or ():
             if name not in ATTACKS:
                 raise SettingError("no attack of that name", expected=", ".join(ATTACKS), got=repr(name)[:80])
@@ -103,8 +111,19 @@ class Audit:
 
     document: AuditDocument
     pictures: tuple[Picture, ...]
-    """In the order of ``document.pictures``."""
-    profile: Profile
+    """In the order of ``document.pictures``, less those in ``kept``."""
+    profile: Profile | None
+    """Of the data; None: nothing was measured, and what lies in the folder stays."""
+    ran: tuple[tuple[str, str], ...] = ()
+    """Scheme and name of every job that was tried."""
+    kept: tuple[str, ...] = ()
+    """Files of ``document.pictures`` that lie in the folder already (:mod:`motte.audit.merge`)."""
+
+    @property
+    def shown(self) -> tuple[tuple[PictureFile, Picture], ...]:
+        """The pictures of this run with their descriptions."""
+        described = (each for each in self.document.pictures if each.file not in self.kept)
+        return tuple(zip(described, self.pictures, strict=True))
 
 
 def run_audit(request: AuditRequest, *, progress: Progress = silent) -> Audit:
@@ -113,20 +132,30 @@ def run_audit(request: AuditRequest, *, progress: Progress = silent) -> Audit:
     Raises:
         MotteError: the model, the data or a scheme do not fit; a failing attack raises nothing.
     """
+    with unspoken():  # what a scheme gives away is what is asked here
+        return _run(request, progress)
+
+
+def _run(request: AuditRequest, progress: Progress) -> Audit:
     began = time.monotonic()
     budget = BUDGETS[request.suite].scaled(request.budget)
     stage = make_stage(
         request.built, request.data, suite=request.suite, budget=budget, seed=request.seed, link=request.link
     )
     scenes = scenes_of(stage, request.audited)
-    outcomes, failures = _attacked(scenes, request, progress)
+    outcomes, failures, ran = _attacked(scenes, request, progress)
     progress(0, 1, "measures")
-    profile = _profile(stage, request.suite)
+    profile = _profile(stage, request.suite) if request.measures else None
     reports = tuple(_report(scene) for scene in scenes)
     findings = tuple(finding for _, outcome in outcomes for finding in outcome.findings)
     checks = tuple(dict.fromkeys(check for _, outcome in outcomes for check in outcome.checks))
     epsilons = tuple((audited, each) for audited, outcome in outcomes for each in outcome.epsilons)
     shown = _shown_once(scenes, outcomes)
+    figures = (
+        *(_figures(scenes) if request.measures else ()),
+        *_extra_figures(outcomes),
+        *(() if profile is None else profile_figures(profile)),
+    )
     document = AuditDocument(
         made=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         versions=package_versions(),
@@ -142,7 +171,7 @@ def run_audit(request: AuditRequest, *, progress: Progress = silent) -> Audit:
         findings=findings,
         checks=checks,
         epsilons=epsilons,
-        figures=(*_figures(scenes, outcomes), *profile_figures(profile)),
+        figures=figures,
         claims=decide(Evidence(schemes=reports, findings=findings, checks=checks, epsilons=epsilons)),
         pictures=tuple(_picture(number, audited, each) for number, (audited, each) in enumerate(shown)),
         curves=tuple(
@@ -160,24 +189,30 @@ def run_audit(request: AuditRequest, *, progress: Progress = silent) -> Audit:
         ),
         failures=failures,
     )
-    return Audit(document, tuple(each for _, each in shown), profile)
+    return Audit(document, tuple(each for _, each in shown), profile, ran)
 
 
 # --- attacks --------------------------------------------------------------------------------------------------------
 def _attacked(
     scenes: Sequence[SchemeScene], request: AuditRequest, progress: Progress
-) -> tuple[list[tuple[str, Outcome]], tuple[Failure, ...]]:
+) -> tuple[list[tuple[str, Outcome]], tuple[Failure, ...], tuple[tuple[str, str], ...]]:
     outcomes: list[tuple[str, Outcome]] = []
     failures: list[Failure] = []
     jobs: list[tuple[SchemeScene, Job]] = []
+    random = request.built.signature.weights_origin == "random"
     for name in ATTACKS if request.attacks is None else request.attacks:
+        without = ABOUT_WHAT_WAS_LEARNT.get(name) if random else None
+        if without is not None:
+            failures += [Failure(scene.audited, name, f"n/a: {without}") for scene in scenes]
+            continue
         for scene in scenes:
             try:
                 jobs += [(scene, job) for job in load(name, lpips=request.lpips).plan(scene)]
             except MotteError as problem:
                 failures.append(Failure(scene.audited, name, str(problem)[:2000]))
     limit = SUITE_SECONDS[request.suite]
-    ends = None if limit is None else time.monotonic() + limit * request.budget
+    seconds = request.seconds or (None if limit is None else limit * request.budget)
+    ends = None if seconds is None else time.monotonic() + seconds
     for number, (scene, job) in enumerate(jobs):
         progress(number, len(jobs), f"{job.name}, {scene.audited}")
         budget = scene.stage.budget
@@ -189,7 +224,7 @@ def _attacked(
             outcomes.append((scene.audited, job.run(Context(request.seed, budget, progress))))
         except MotteError as problem:
             failures.append(Failure(scene.audited, job.name, f"{type(problem).__name__}: {problem}"[:2000]))
-    return outcomes, tuple(failures)
+    return outcomes, tuple(failures), tuple((scene.audited, job.name) for scene, job in jobs)
 
 
 # --- what is not an attack ------------------------------------------------------------------------------------------
@@ -235,7 +270,7 @@ def _decoded(scene: SchemeScene, phase: str) -> Decoded:
     return Decoded(view.sightings, view.operations, 0)
 
 
-def _figures(scenes: Sequence[SchemeScene], outcomes: Sequence[tuple[str, Outcome]]) -> tuple[Figure, ...]:
+def _figures(scenes: Sequence[SchemeScene]) -> tuple[Figure, ...]:
     stage = scenes[0].stage
     truth = stage.truth("inference")
     figures: list[Figure] = [*spectrum_figures(truth.activations, scenes[0].outside)]
@@ -256,12 +291,15 @@ def _figures(scenes: Sequence[SchemeScene], outcomes: Sequence[tuple[str, Outcom
                     generator=Context(stage.seed, stage.budget).generator("fisher"),
                 )
             )
-    for audited, outcome in outcomes:
-        figures += [
-            Figure(name=name, audited=audited, layer=None, value=float(value), unit="1")
-            for name, value in outcome.extra.items()
-        ]
     return tuple(figures)
+
+
+def _extra_figures(outcomes: Sequence[tuple[str, Outcome]]) -> tuple[Figure, ...]:
+    return tuple(
+        Figure(name=name, audited=audited, layer=None, value=float(value), unit="1")
+        for audited, outcome in outcomes
+        for name, value in outcome.extra.items()
+    )
 
 
 def _profile(stage: Stage, suite: Suite) -> Profile:
@@ -320,14 +358,11 @@ def write_audit(audit: Audit, folder: Path, *, overwrite: bool = False) -> tuple
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-        for described, picture in zip(audit.document.pictures, audit.pictures, strict=True):
+        for name in (Path(each).name for each in audit.kept):
+            shutil.copyfile(folder / _FOLDER / name, partial / name)
+        for described, picture in audit.shown:
             write_grid(picture, partial / Path(described.file).name)
-        write_csv(audit.profile, partial / "patch-entropy.csv")
-        try:
-            title = f"patch entropy of {audit.document.data}"
-            write_violin(audit.profile, partial / "patch-entropy.png", title=title)
-        except ResourceError as problem:
-            left_out.append(f"patch-entropy.png: {problem.message}")
+        left_out += _write_profile(audit, partial, old=folder / _FOLDER)
         if overwrite:
             shutil.rmtree(folder / _FOLDER, ignore_errors=True)
         partial.rename(folder / _FOLDER)
@@ -338,6 +373,19 @@ def write_audit(audit: Audit, folder: Path, *, overwrite: bool = False) -> tuple
     with atomic_file(folder / "audit.json", overwrite=overwrite) as fd, open(fd, "wb", closefd=False) as file:
         file.write(encode(audit.document))
     return tuple(left_out)
+
+
+def _write_profile(audit: Audit, into: Path, *, old: Path) -> list[str]:
+    if audit.profile is None:
+        for each in old.glob("patch-entropy.*"):
+            shutil.copyfile(each, into / each.name)
+        return []
+    write_csv(audit.profile, into / "patch-entropy.csv")
+    try:
+        write_violin(audit.profile, into / "patch-entropy.png", title=f"patch entropy of {audit.document.data}")
+    except ResourceError as problem:
+        return [f"patch-entropy.png: {problem.message}"]
+    return []
 
 
 def record_inference(request: AuditRequest, path: Path) -> None:

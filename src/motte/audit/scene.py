@@ -108,12 +108,15 @@ class Stage:
                 got=f"{count} from {start}",
             )
         table = normalisation_table(self.mean, self.std)
-        pieces = [
-            normalise(records.read(np.arange(at, min(at + _READ, start + count), dtype=np.int64), None), table)
-            for at in range(start, start + count, _READ)
-        ]
+        ends = range(start, start + count, _READ)
+        read = [records.read(np.arange(at, min(at + _READ, start + count), dtype=np.int64), None) for at in ends]
+        pieces = [normalise(self._pixels(each), table) for each in read]
         labels: NDArray[np.int64] = records.labels[start : start + count]
         return torch.from_numpy(np.concatenate(pieces)), torch.from_numpy(np.ascontiguousarray(labels))
+
+    def _pixels(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """(N, 1 or C, H, W) as the model takes them."""
+        return images if images.shape[1] == self.input_shape[0] else images.repeat(self.input_shape[0], 1)
 
     def private(self, phase: Phase) -> tuple[Tensor, Tensor]:
         """What is attacked: the first records of the test split at inference, of the training split at training."""
@@ -159,12 +162,19 @@ def make_stage(
     mean, std = data.mean, data.std
     if isinstance(signature, ImagePreprocessing):
         mean, std = signature.mean, signature.std
-    if len(mean) != data.shape[0]:
-        raise UnsupportedError("the model takes images of other colours than the data has", where=built.name)
+    # Grey images are given to a model of colours as three equal ones, which is how such models are trained on them.
+    shape = (len(mean), *data.shape[1:]) if data.shape[0] == 1 else data.shape
+    if len(mean) != shape[0]:
+        raise UnsupportedError(
+            "the model takes images of other colours than the data has",
+            where=built.name,
+            expected=f"{len(mean)} channels, or one",
+            got=f"{data.shape[0]} channels",
+        )
     model = built.model.eval()
     try:
         with torch.no_grad():
-            answer = model(torch.zeros(2, *data.shape))
+            answer = model(torch.zeros(2, *shape))
     except (RuntimeError, TypeError, ValueError, IndexError) as problem:
         raise UnsupportedError(
             "the model does not take images of this data", where=built.name, got=str(problem)[:200]
@@ -180,7 +190,7 @@ def make_stage(
         seed=seed,
         mean=tuple(mean),
         std=tuple(std),
-        input_shape=data.shape,
+        input_shape=shape,
         classes=int(answer.shape[1]),
         link=link,
     )

@@ -33,7 +33,7 @@ def write_tensorboard(audit: Audit, folder: Path) -> int:
             if figure.value is not None:
                 writer.add_scalar("/".join(filter(None, (figure.name, figure.audited, figure.layer))), figure.value, 0)
                 count += 1
-        for described, picture in zip(audit.document.pictures, audit.pictures, strict=True):
+        for described, picture in audit.shown:
             name = f"{described.title}/{described.audited}/{described.position or ''}"
             writer.add_image(name, np.asarray(grid(picture)), 0, dataformats="HWC")
             count += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from motte.audit.scene import Audited
     from motte.offload.settings import Asymmetric
     from motte.train.data import DataSet
+    from motte.zoo.models import BuiltModel
 
 _SCHEMES = "Schemes to judge"
 _HOW = "How"
@@ -60,9 +61,18 @@ class DataOptions:
         Path | None,
         typer.Option("--data-dir", metavar="DIR", help="Where a public set lies; nothing is downloaded then."),
     ] = None
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            "--image-size",
+            metavar="N",
+            min=1,
+            help="Side of the images, for a model that takes several. (default: the model's own, else the data's)",
+        ),
+    ] = None
 
-    def open(self, *, seed: int, image_size: int | None) -> DataSet:
-        """The data.
+    def open(self, built: BuiltModel, *, seed: int) -> DataSet:
+        """The data, in the size that ``built`` takes unless the user said another.
 
         Raises:
             SettingError: sealed data, which an audit would show in its pictures.
@@ -75,7 +85,8 @@ class DataOptions:
                 where="--data",
                 hint="audit on public data of the same kind",
             )
-        return open_data(self.data, data_dir=self.data_dir, seed=seed, image_size=image_size)
+        size = _image_size(built) if self.image_size is None else self.image_size
+        return open_data(self.data, data_dir=self.data_dir, seed=seed, image_size=size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +195,17 @@ class HowOptions:
             "--budget", metavar="FACTOR", rich_help_panel=_HOW, help="What attackers may spend, times this.", min=0.001
         ),
     ] = 1.0
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--minutes",
+            metavar="M",
+            rich_help_panel=_HOW,
+            min=0.01,
+            help="What all attacks may take together; each stops with the best it has. (default: quick 6 times the "
+            "budget, full no limit)",
+        ),
+    ] = None
     attack: Annotated[
         list[str] | None,
         typer.Option(
@@ -206,6 +228,14 @@ class HowOptions:
     overwrite: Annotated[bool, typer.Option("--overwrite", rich_help_panel=_HOW, help="Replace an audit in --out.")] = (
         False
     )
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add",
+            rich_help_panel=_HOW,
+            help="Add to the audit in --out, of the same model, data and schemes; what is found again replaces that.",
+        ),
+    ] = False
     lpips: Annotated[
         Path | None,
         typer.Option(
@@ -242,14 +272,17 @@ def run(out: Output, model: ModelOptions, data: DataOptions, judged: JudgedOptio
     """Attack a model under some schemes, each between a floor and a ceiling."""
     audited = judged.audited()
     built = model.build(out)
+    from motte.audit.merge import added, read_audit, refuse_other
     from motte.audit.run import AuditRequest, refuse_occupied, run_audit, write_audit
     from motte.audit.views import in_process, local
 
+    if how.add and (how.out is None or how.overwrite):
+        raise SettingError("--add needs --out, and takes no --overwrite", where="--add")
     if how.out is not None:
-        refuse_occupied(how.out, overwrite=how.overwrite)
+        refuse_occupied(how.out, overwrite=how.overwrite or how.add)
     request = AuditRequest(
         built=built,
-        data=data.open(seed=how.seed, image_size=_image_size(built)),
+        data=data.open(built, seed=how.seed),
         audited=audited,
         suite=how.suite,
         seed=how.seed,
@@ -257,7 +290,12 @@ def run(out: Output, model: ModelOptions, data: DataOptions, judged: JudgedOptio
         attacks=None if how.attack is None else tuple(each for each in how.attack if each != "none"),
         link=in_process if how.accelerator == "in-process" else local,
         lpips=how.lpips,
+        seconds=None if how.minutes is None else 60 * how.minutes,
     )
+    old = read_audit(how.out) if how.add and how.out is not None else None
+    if old is not None:
+        refuse_other(old, request)
+        request = replace(request, measures=not old.figures)
     if how.recording is not None:
         _record(request, how.recording)
     with out.progress(f"auditing {built.name}") as bar:
@@ -268,8 +306,10 @@ def run(out: Output, model: ModelOptions, data: DataOptions, judged: JudgedOptio
 
         progress: Progress = tell
         audit = run_audit(request, progress=progress)
+    if old is not None:
+        audit = added(old, audit)
     if how.out is not None:
-        for each in write_audit(audit, how.out, overwrite=how.overwrite):
+        for each in write_audit(audit, how.out, overwrite=how.overwrite or how.add):
             out.warn(f"left out: {each}")
     _extras(out, audit, how)
     from motte.audit.document import to_json
@@ -365,7 +405,7 @@ def _activations(out: Output, model: ModelOptions, data: DataOptions, count: int
     from motte.audit.scene import activations, make_stage
 
     built = model.build(out)
-    opened = data.open(seed=0, image_size=_image_size(built))
+    opened = data.open(built, seed=0)
     stage = make_stage(built, opened, suite="quick", budget=Budget(samples=count), seed=0)
     return activations(stage.model, stage.records("test", count)[0])
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from motte.accelerator.interface import Accelerator
 from motte.errors import SettingError, TrustError, UnsupportedError
+from motte.offload.cautions import Cautions
 from motte.offload.confidential_gpu import ConfidentialGpu, ProvedGpu, on_gpu
 from motte.offload.modules import SplitModule, can_split, make_split, operation_of
 from motte.offload.rules import Guard, HalfRule, ResearchBooks, Rule, SplitRule
@@ -77,6 +78,8 @@ def protect(
     if isinstance(scheme, Asymmetric):
         _refuse_shared(layers, sides, scheme)
         session = Session(scheme, _connected(accelerator), noise_key=noise_key)
+        session.cautions = Cautions(scheme)
+        session.cautions.placed([side.name for side in sides if side.side == "split"])
     position = 0
     for side in sides:
         module = layers[side.name]
@@ -272,12 +275,16 @@ def _hook_root(model: nn.Module, guard: Guard, books: Session | ResearchBooks, *
 
     def end(module: nn.Module, _arguments: Any, _output: Any) -> None:
         # The gradient that reaches the last layer is (prediction - label): outside, it would give every label away.
-        if module.training and not chosen and guard.last_ran is not None and guard.last_ran[1]:
+        if not module.training or guard.last_ran is None or not guard.last_ran[1]:
+            return
+        if not chosen:
             raise TrustError(
                 "the layer that ran last is split, and its output gradient would give the labels away",
                 where=guard.last_ran[0],
                 hint="give protect() an example_input, or name the last layer in trusted_layers",
             )
+        if isinstance(books, Session) and books.cautions is not None:
+            books.cautions.ran_last(guard.last_ran[0])
 
     model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
     model.register_forward_hook(end)

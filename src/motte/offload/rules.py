@@ -69,6 +69,9 @@ class SplitRule:
         """See :class:`Rule`."""
         self.inside_because = self._reason(x)
         split = self.inside_because is None
+        cautions = self.layer.session.cautions
+        if split and cautions is not None and self.guard.is_raw(x):
+            cautions.met_input(self.layer.name)
         self.guard.ran(self.layer.name, split=split)
         return split_product(self.layer, x.contiguous(), weight) if split else inside(x, weight)
 

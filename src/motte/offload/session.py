@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from motte.accelerator.interface import Accelerator
 from motte.errors import SettingError
@@ -19,6 +19,9 @@ from motte.offload.releases import Kind, ReleaseCount, Releases
 from motte.offload.settings import Asymmetric
 from motte.offload.split_layer import SplitLayer
 from motte.offload.timeline import Timeline
+
+if TYPE_CHECKING:
+    from motte.offload.cautions import Cautions
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Session:
         self.noise = Noise.fresh() if noise_key is None else Noise(noise_key)
         self.releases = Releases()
         self.timeline = Timeline()
+        self.cautions: Cautions | None = None
+        """Says what training gives away, where somebody can hear it; a worker never trains."""
         self.step = 0
         self._failed = False
         self._layers: dict[str, SplitLayer] = {}

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -48,7 +49,7 @@ class Line:
 
     Attributes:
         number: of the line, from 1.
-        area: ``bundle``, ``link``, ``accelerator``, ``broker``.
+        area: ``bundle``, ``link``, ``accelerator``, ``evidence``, ``broker``.
         expected, got: ``SignatureError [B-4]``, ``accepted``, or how it crashed.
         held: whether it met what was expected.
     """
@@ -100,7 +101,7 @@ def run_conformance(*, progress: Progress = silent) -> Conformance:
     return Conformance(tuple(lines), skipped)
 
 
-_ABOUT: Final = 293
+_ABOUT: Final = 511
 """Lines, for a progress bar."""
 
 
@@ -111,6 +112,9 @@ def _areas(folder: Path, skipped: dict[str, str]) -> Iterator[tuple[str, Iterato
     yield "bundle", bundle_trials(folder)
     yield "link", link_trials()
     yield "accelerator", accelerator_trials()
+    from motte.audit.attacks.conformance_evidence import evidence_trials
+
+    yield "evidence", evidence_trials(_verifiable(skipped))
     from motte.errors import ResourceError
     from motte.provision.broker.extra import require_broker_packages
 
@@ -122,6 +126,14 @@ def _areas(folder: Path, skipped: dict[str, str]) -> Iterator[tuple[str, Iterato
     from motte.audit.attacks.conformance_broker import broker_trials
 
     yield "broker", broker_trials(folder)
+
+
+def _verifiable(skipped: dict[str, str]) -> tuple[str, ...]:
+    """Platforms whose verifiers are installed here."""
+    if find_spec("dcap_qvl") is None:
+        skipped["evidence of SGX and TDX"] = "dcap-qvl is not installed; pip install 'motte[attest]'"
+        return ("snp", "nvidia", "tpm")
+    return ("sgx", "tdx", "snp", "nvidia", "tpm")
 
 
 def tried(trial: Trial, *, number: int = 1, area: str = "") -> Line:

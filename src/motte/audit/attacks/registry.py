@@ -42,6 +42,12 @@ JUDGED_BY_LPIPS: Final = ("paired-decoder", "optimisation")
 """Attacks whose pictures a learnt metric can judge, where its weights are given."""
 
 
+ABOUT_WHAT_WAS_LEARNT: Final[Mapping[str, str]] = {
+    "stealing": "the weights are random: there is nothing to steal, and no answer of the model to agree with",
+}
+"""Attacks that ask what a model has learnt, and why they say nothing of one with random weights."""
+
+
 def load(name: str, *, lpips: Path | None = None) -> Planned:
     """The attack ``name``.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from motte.audit.attacks.decoder import train_decoder
 from motte.audit.attacks.image_metrics import psnr
 from motte.audit.attacks.reconstruction import SHOWN, input_of, mean_image
-from motte.audit.attacks.weight_delta_system import MAX_SYSTEM_VALUES, Solution, solve_input, system_size
+from motte.audit.attacks.weight_delta_system import MAX_SYSTEM_VALUES, Solution, solve_input
 from motte.audit.interface import (
     Attack,
     Context,
@@ -41,11 +41,15 @@ from motte.audit.interface import (
 )
 from motte.audit.intervals import of_mean
 from motte.errors import SettingError
+from motte.offload.weight_delta_bound import system_size
 
 MOST_LAYERS: Final = 3
 """Layers of the full suite: those whose systems have most equations for an unknown."""
 _NOTHING: Final = 1e-3
 """What the solution of an update that is only rounding may amount to, relative to what left."""
+_COMPARED: Final = (
+    "Errors are to what the plain model gives this layer; noise on residuals changes that, and counts as error."
+)
 _DECODED: Final = 48
 """Public images whose activations are solved for, to train the decoder, at most."""
 
@@ -161,7 +165,8 @@ class WeightDelta:
             images = images.expand(count, -1, -1, -1)
         brackets["psnr"] = of_mean(psnr(images, originals).tolist(), seed=context.seed)
         rows = (("originals", originals[:SHOWN]), ("reconstructions", images[:SHOWN]))
-        return Scored(brackets, pictures=(Picture(f"{self.name}, {self.layer}", rows),))
+        notes = () if found is None else (_COMPARED,)
+        return Scored(brackets, pictures=(Picture(f"{self.name}, {self.layer}", rows),), notes=notes)
 
     def _whole(self, left: Tensor, solution: Solution | None) -> tuple[Tensor, tuple[str, ...]]:
         if solution is None:

@@ -11,7 +11,6 @@ For tokens x (N, T, D) of a linear layer the matrix is g itself: M equations for
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -22,22 +21,10 @@ from torch.nn import functional
 
 from motte.errors import ResourceError, UnsupportedError
 from motte.linear.operation import LinearOperation
+from motte.offload.weight_delta_bound import SystemSize, system_size
 
 MAX_SYSTEM_VALUES: Final = 1 << 26
 """Values of one matrix that is built, 512 MiB in float64."""
-
-
-@dataclass(frozen=True, slots=True)
-class SystemSize:
-    """Rows and columns of one channel's system: determined where there are no more unknowns than equations."""
-
-    equations: int
-    unknowns: int
-
-    @property
-    def determined(self) -> bool:
-        """Whether there can be a single solution."""
-        return self.unknowns <= self.equations
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +42,6 @@ class Solution:
     rank: int
     size: SystemSize
     misfit: float
-
-
-def system_size(operation: LinearOperation, shape: Sequence[int]) -> SystemSize:
-    """Of a layer given an input of ``shape``, per input channel."""
-    if operation.family == "linear":
-        return SystemSize(operation.out_channels, math.prod(shape[:-1]))
-    per_group = operation.out_channels // operation.groups
-    return SystemSize(per_group * math.prod(operation.kernel), shape[0] * math.prod(shape[2:]))
 
 
 def solve_input(operation: LinearOperation, gradient: Tensor, shape: Sequence[int], update: Tensor) -> Solution:

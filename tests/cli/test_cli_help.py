@@ -40,7 +40,7 @@ COMMANDS = dict(commands(typer.main.get_command(root.app)))
 VERBS = sorted(name for name, command in COMMANDS.items() if name and not getattr(command, "commands", {}))
 
 GROUPS = (
-    "zoo", "keys", "recipients", "accelerator", "broker", "broker policy", "broker audit", "enclave",
+    "zoo", "keys", "recipients", "accelerator", "broker", "broker policy", "broker audit", "broker run", "enclave",
     "attest", "attest tpm", "attest simulated", "bench", "audit",
 )  # fmt: skip
 
@@ -67,6 +67,7 @@ def test_these_are_the_verbs() -> None:
         *(f"attest tpm {verb}" for verb in ("request", "enroll", "activate")),
         "broker policy check",
         "broker policy set",
+        "broker run enroll",
         "broker audit verify",
         "broker audit show",
         "seal-data",

@@ -92,7 +92,9 @@ class RunConfiguration:
             placement=terms.placement,
             noise=terms.noise,
             integrity=terms.integrity,
-            peers=terms.peers,
+            ranks=terms.ranks,
+            # Several trusted processes are each other's peers: what they demand of each other is bound too.
+            peers=terms.peers if terms.ranks == 1 else (*terms.peers, f"ranks {terms.ranks_policy}"),
         )
 
     def broker_key(self) -> SignerPublicKey:

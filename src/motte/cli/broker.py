@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Hold bundles' keys; give them to enclaves that proved themselves.")
 policy_app = typer.Typer(help="Check and set the policies under which keys are given.")
 audit_app = typer.Typer(help="Read and verify the log of what was given to whom.")
+run_app = typer.Typer(help="Enroll training runs: what each may release.")
 app.add_typer(policy_app, name="policy")
+app.add_typer(run_app, name="run")
 app.add_typer(audit_app, name="audit")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The broker's folder.")]
@@ -207,6 +209,33 @@ def add(
     if run is not None:
         lines.append(Line(f"training run {run.hex()}: at most {run_budget} releases"))
     out.result(document, *lines)
+
+
+@run_app.command("enroll")
+@verb
+def run_enroll(
+    out: Output,
+    folder: Folder,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The data, by the name it was registered under.")],
+    unlock: UnlockOptions,
+    budget: Annotated[
+        int, typer.Option("--budget", metavar="N", min=1, help="Releases that the run may be charged for in all.")
+    ],
+) -> None:
+    """Let one training run on registered data begin. Keys of this data go to enrolled runs only from then on.
+
+    A step of training releases three tensors for each layer that leaves: split layers times 3 times steps is what a run
+    takes, times its processes.
+    """
+    _require()
+    from motte.provision.broker import enroll
+    from motte.seal.primitives import random_bytes
+
+    run = random_bytes(16)
+    with _open(folder, unlock) as broker:
+        document = enroll.enroll_run(broker, model, run, budget)
+    found = {"model": model, "run": run.hex(), "budget": budget, "entry": document["index"]}
+    out.result(found, Line(f"training run {run.hex()} on {model}: at most {budget} releases"))
 
 
 @app.command()

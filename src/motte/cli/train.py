@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from motte.cli.anchoring import AnchorOptions
+from motte.cli.attest_tpm import TpmOptions
 from motte.cli.options import private_key, public_key
 from motte.cli.output import Column, Line, Output, bytes_text, seconds_text, table
 from motte.cli.train_options import (
+    EvaluationOptions,
     KeptOptions,
     PlaceOptions,
     ProtectionOptions,
@@ -18,6 +21,7 @@ from motte.cli.train_options import (
     SubjectOptions,
     settings_of,
 )
+from motte.cli.train_releasing import AdmissionOptions
 from motte.cli.verb import INTERRUPTED, TERMINATED, verb
 
 if TYPE_CHECKING:
@@ -34,8 +38,20 @@ _Signer = Annotated[
     typer.Option(
         "--signer",
         metavar="KEY",
-        help="Who signed them, if --checkpoint-signer was given. (default: derived from --key)",
+        help="Who signed them, if --checkpoint-signer was given (default: derived from --key); with --data, who signed"
+        " the data.",
     ),
+]
+_Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Of a run under a key broker: the sealed data that it was trained on, which --key opens.",
+    ),
+]
+_BrokerRun = Annotated[
+    str | None, typer.Option("--broker-run", metavar="RUN", help="Of a run under a key broker: its name there.")
 ]
 
 
@@ -47,9 +63,14 @@ def train(
     protection: ProtectionOptions,
     place: PlaceOptions,
     kept: KeptOptions,
+    evaluation: EvaluationOptions,
+    admission: AdmissionOptions,
+    tpm: TpmOptions,
+    given_roots: AnchorOptions,
 ) -> None:
     """Train a model, split between this process and an accelerator, or as a baseline all inside or all outside."""
-    settings = settings_of(subject, recipe, protection, place, kept)
+    keys = admission.read(tpm, given_roots)
+    settings = settings_of(subject, recipe, protection, evaluation, place, kept, **keys)
     from motte.train.figures import append_records, document, may_tell
     from motte.train.loop import train as run
 
@@ -110,6 +131,8 @@ def _shown(settings: TrainSettings, result: TrainResult, *, told: bool) -> list[
         split = sum(each.side == "split" for each in result.layers)
         rows.append(("split layers", f"{split} of {len(result.layers)}"))
     rows += [("bytes out", bytes_text(result.bytes_out)), ("epsilon", str(result.spent))]
+    if result.charged is not None:
+        rows.append(("releases charged at the broker", f"{result.charged:,}"))
     if result.release is not None:
         rows.append(("checkpoint", f"release {result.release} in {settings.checkpoint_dir}"))
     shown: list[Any] = [table((Column("", keep=True), Column("")), rows, title=f"{settings.model}, {settings.scheme}")]
@@ -124,12 +147,14 @@ def train_log(
     log: Annotated[Path, typer.Argument(metavar="FILE", help="A sealed log, train-0001.motte-log.")],
     key: _Key,
     signer: _Signer = None,
+    data: _Data = None,
+    broker_run: _BrokerRun = None,
 ) -> None:
     """Show a sealed training log to its owner, as JSON lines. Whoever sees the terminal sees it too."""
     from motte.train.logs import entries_text
     from motte.train.sealed_log import read_log
 
-    opener, demanded = _opened(key, signer)
+    opener, demanded = _opened(key, signer, data, broker_run)
     found = read_log(log, opener, signer=demanded)
     if not found.closed:
         out.warn("the log has no end mark: its run still writes, was killed, or the end was cut off")
@@ -146,6 +171,8 @@ def train_weights(
         Path | None, typer.Option("--key", metavar="FILE", help="The private key that it is sealed to.")
     ] = None,
     signer: _Signer = None,
+    data: _Data = None,
+    broker_run: _BrokerRun = None,
     insecure_plaintext: Annotated[
         bool, typer.Option("--insecure-plaintext", help="Say that weights may lie on this disk in the clear.")
     ] = False,
@@ -161,20 +188,35 @@ def train_weights(
         raise SettingError(
             "this writes weights to disk in the clear", hint="say --insecure-plaintext if that is what you want"
         )
-    if key is None and signer is not None:
-        raise SettingError("a plaintext checkpoint has no signer", where="--signer")
-    keys = None if key is None else _opened(key, signer)
+    if key is None and (signer is not None or data is not None or broker_run is not None):
+        raise SettingError("a plaintext checkpoint has no signer, and is not of a broker's run", where="--key")
+    keys = None if key is None else _opened(key, signer, data, broker_run)
     written = write_weights(checkpoint, output, keys)
     out.warn(f"the weights lie in the clear in {output}")
     document = {"path": str(output), "tensors": written.tensors, "steps": written.steps, "release": written.release}
     out.result(document, Line(f"{output}: {written.tensors} tensors after {written.steps} steps"))
 
 
-def _opened(key: Path, signer: str | None) -> tuple[RecipientPrivateKey, SignerPublicKey]:
+def _opened(
+    key: Path, signer: str | None, data: Path | None, broker_run: str | None
+) -> tuple[RecipientPrivateKey, SignerPublicKey]:
+    """What opens a run's files, and whose signature on them is demanded."""
+    from motte.errors import SettingError
     from motte.seal.keys import RecipientPrivateKey, SignerPublicKey
     from motte.train.owner import derived_signer
 
     opener = private_key(key, RecipientPrivateKey, option="--key")
-    if signer is None:
-        return opener, derived_signer(opener).public
-    return opener, public_key(signer, SignerPublicKey, option="--signer")
+    demanded = None if signer is None else public_key(signer, SignerPublicKey, option="--signer")
+    if (data is None) != (broker_run is None):
+        raise SettingError("what a run under a key broker wrote", expected="--data FILE and --broker-run RUN")
+    if data is None or broker_run is None:
+        return opener, derived_signer(opener).public if demanded is None else demanded
+    if demanded is None:
+        raise SettingError("sealed data has a signer", where="--signer", expected="who signed the data")
+    from motte.seal.reader import open_bundle
+    from motte.train.admission import parse_run
+    from motte.train.owner import run_keys
+
+    with open_bundle(data, signer=demanded) as signed:
+        keys = run_keys(signed.data_keys(signed.unwrap(opener))[0], parse_run(broker_run))
+    return keys.opener, keys.signer.public

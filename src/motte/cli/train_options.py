@@ -234,6 +234,30 @@ class ProtectionOptions:
             help="A layer that may leave; repeat it. (default: every convolution and linear layer that is not trusted)",
         ),
     ] = None
+
+    def read(self) -> dict[str, Any]:
+        """Fields of :class:`TrainSettings`, words parsed.
+
+        Raises:
+            SettingError: a word that is none.
+        """
+        from motte.offload.words import parse_noise, parse_rank
+        from motte.train.settings import PUBLISHED_RANK, UNSET
+
+        plain = ("scheme", "iterations", "decomposition", "residual_dtype", "integrity")
+        return {
+            **{name: getattr(self, name) for name in plain},
+            "noise": UNSET if self.noise is None else parse_noise(self.noise),
+            "rank": PUBLISHED_RANK if self.rank is None else parse_rank(self.rank),
+            "trusted_layers": None if self.trusted_layers is None else tuple(self.trusted_layers),
+            "offload_layers": None if self.offload_layers is None else tuple(self.offload_layers),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationOptions:
+    """How it is judged, and what is added to the images: nothing of what may leave depends on it."""
+
     evaluate: Annotated[
         Literal["inside", "split"],
         typer.Option(
@@ -257,22 +281,8 @@ class ProtectionOptions:
     ] = 0.0
 
     def read(self) -> dict[str, Any]:
-        """Fields of :class:`TrainSettings`, words parsed.
-
-        Raises:
-            SettingError: a word that is none.
-        """
-        from motte.offload.words import parse_noise, parse_rank
-        from motte.train.settings import PUBLISHED_RANK, UNSET
-
-        plain = ("scheme", "iterations", "decomposition", "residual_dtype", "integrity", "evaluate", "delta")
-        return {
-            **{name: getattr(self, name) for name in (*plain, "input_noise")},
-            "noise": UNSET if self.noise is None else parse_noise(self.noise),
-            "rank": PUBLISHED_RANK if self.rank is None else parse_rank(self.rank),
-            "trusted_layers": None if self.trusted_layers is None else tuple(self.trusted_layers),
-            "offload_layers": None if self.offload_layers is None else tuple(self.offload_layers),
-        }
+        """Fields of :class:`TrainSettings`."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,15 +467,17 @@ def settings_of(
     subject: SubjectOptions,
     recipe: RecipeOptions,
     protection: ProtectionOptions,
+    evaluation: EvaluationOptions,
     place: PlaceOptions,
     kept: KeptOptions,
+    **more: Any,
 ) -> TrainSettings:
-    """The settings that the options say.
+    """The settings that the options say, with further fields of :class:`TrainSettings`.
 
     Raises:
         SettingError: a value out of range, or options that contradict each other.
     """
     from motte.train.settings import TrainSettings
 
-    groups = (subject, recipe, protection, place, kept)
-    return TrainSettings(**{name: value for group in groups for name, value in group.read().items()})
+    groups = (subject, recipe, protection, evaluation, place, kept)
+    return TrainSettings(**{name: value for group in groups for name, value in group.read().items()}, **more)

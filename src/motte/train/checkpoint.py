@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Final
 from motte.errors import BundleError, FormatError, InputError, ResourceError, RollbackError, SettingError
 from motte.limits import MAX_CHECKPOINT_TENSORS, MAX_MANIFEST_BYTES, MAX_RELEASE, MAX_SECTION_BYTES
 from motte.seal.atomic import atomic_file
-from motte.seal.keys import RecipientPrivateKey, SignerPublicKey
+from motte.seal.keys import RecipientPrivateKey, RecipientPublicKey, SignerPublicKey
 from motte.seal.reader import open_bundle
 from motte.seal.writer import BytesPart, write_all, write_bundle
 from motte.strict_json import canonical, parse
@@ -93,20 +93,12 @@ class CheckpointStore:
         if self._keys is None:
             _write_plaintext(self.last, snapshot, release)
         else:
-            write_bundle(
-                self.last,
-                release=release,
-                manifest=canonical(snapshot.state(release)),
-                parts=[BytesPart(_tensor_bytes(snapshot.tensors))],
-                recipients=self._keys.everybody,
-                signer=self._keys.signer,
-                overwrite=True,
-            )
+            write_sealed(self.last, snapshot, release, self._keys)
         self._release = release
         with atomic_file(self._counter, overwrite=True) as fd:
             write_all(fd, f"{release}\n".encode("ascii"), 0)
         if best:
-            _also_called(self.last, self.best)
+            name_best(self.last, self.best)
         return release
 
     def load(self) -> Snapshot:
@@ -141,6 +133,28 @@ class CheckpointStore:
         if not digits.isdigit() or text != digits + b"\n" or int(digits) > MAX_RELEASE:
             raise FormatError("not a counter of releases", where=str(self._counter), got=repr(text)[:80])
         return int(digits)
+
+
+def write_sealed(
+    path: Path, snapshot: Snapshot, release: int, keys: OwnerKeys, *, also: tuple[RecipientPublicKey, ...] = ()
+) -> None:
+    """Write a sealed checkpoint in the place of what is at ``path``: whole and synced when this returns.
+
+    Args:
+        also: who can open it beside the owner.
+
+    Raises:
+        ResourceError: it cannot be written; what stood there before still does.
+    """
+    write_bundle(
+        path,
+        release=release,
+        manifest=canonical(snapshot.state(release)),
+        parts=[BytesPart(_tensor_bytes(snapshot.tensors))],
+        recipients=(*keys.everybody, *also),
+        signer=keys.signer,
+        overwrite=True,
+    )
 
 
 def read_checkpoint(
@@ -279,8 +293,12 @@ def _read_plaintext(path: Path) -> tuple[Snapshot, int]:
     return read_state(parse(text, max_bytes=MAX_MANIFEST_BYTES, what=str(path)), tensors, where=str(path))
 
 
-def _also_called(path: Path, name: Path) -> None:
-    """Make ``name`` another name of the file at ``path``, atomically; a copy where the disk knows no links."""
+def name_best(path: Path, name: Path) -> None:
+    """Make ``name`` another name of the file at ``path``, atomically; a copy where the disk knows no links.
+
+    Raises:
+        ResourceError: neither can be done.
+    """
     partial = name.parent / f".{name.name}.{secrets.token_hex(6)}.partial"
     try:
         try:

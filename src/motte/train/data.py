@@ -37,13 +37,13 @@ from motte.train.datasets.records import (
     Shape,
     check_image_size,
 )
-from motte.train.sealed_data import SealedData, open_sealed
+from motte.train.sealed_data import ReleasedKeys, SealedData, open_released, open_sealed
 
 if TYPE_CHECKING:
     from motte.seal.keys import RecipientPrivateKey, SignerPublicKey
     from motte.zoo.download import Progress
 
-__all__ = ["Batch", "Batches", "DataKeys", "DataSet", "Records", "open_data"]
+__all__ = ["Batch", "Batches", "DataKeys", "DataSet", "Records", "ReleasedKeys", "open_data"]
 
 PLACED: Final = ("imagenet", "folder", "sealed")
 """Names that are followed by ``:PATH``."""
@@ -154,7 +154,7 @@ def open_data(
     data_dir: Path | None = None,
     seed: int,
     image_size: int | None = None,
-    keys: DataKeys | None = None,
+    keys: DataKeys | ReleasedKeys | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     progress: Progress | None = None,
 ) -> DataSet:
@@ -165,7 +165,7 @@ def open_data(
         seed: of the order, the augmentation, and the split of a folder without ``train/``.
         image_size: side of the images that come out. None: the set's own; for photos 224, or their own if they are
             small squares, all alike.
-        keys: for sealed data, and for nothing else.
+        keys: for sealed data, and for nothing else. :class:`ReleasedKeys` bring their opened file along.
         memory_bytes: records of sealed data held in memory at most.
         progress: of a download, called with bytes done and bytes in all.
 
@@ -245,8 +245,13 @@ def _photos(name: str, kind: str, path: Path, seed: int, image_size: int | None)
     )
 
 
-def _sealed(name: str, path: Path, seed: int, image_size: int | None, keys: DataKeys, memory_bytes: int) -> DataSet:
-    source = open_sealed(path, keys, memory_bytes=memory_bytes, image_size=image_size)
+def _sealed(
+    name: str, path: Path, seed: int, image_size: int | None, keys: DataKeys | ReleasedKeys, memory_bytes: int
+) -> DataSet:
+    if isinstance(keys, ReleasedKeys):
+        source = open_released(keys, memory_bytes=memory_bytes, image_size=image_size)
+    else:
+        source = open_sealed(path, keys, memory_bytes=memory_bytes, image_size=image_size)
     manifest, header = source.manifest, source.header
     return DataSet(
         name=name,
@@ -275,6 +280,6 @@ def _parse(name: str) -> tuple[str, Path | None]:
     raise SettingError("no data set of that name", expected=known, got=repr(name)[:200])
 
 
-def _refuse_keys(name: str, keys: DataKeys | None) -> None:
+def _refuse_keys(name: str, keys: DataKeys | ReleasedKeys | None) -> None:
     if keys is not None:
         raise SettingError("keys are for sealed data only", where=name, hint="sealed:FILE")

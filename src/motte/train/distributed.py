@@ -148,10 +148,7 @@ def open_world(
     """
     if attested is not None and insecure_plaintext_collectives:
         raise SettingError("collectives are attested or plaintext, not both", where="insecure_plaintext_collectives")
-    given = os.environ if environment is None else environment
-    size, rank = _number(given, "WORLD_SIZE", 1), _number(given, "RANK", 0)
-    if size < 1 or not rank < size:
-        raise SettingError("not a place in a world", where="RANK, WORLD_SIZE", got=f"{rank} of {size}")
+    rank, size = stated_place(environment)
     if attested is not None:
         with _attested_world(attested, rank, size) as world:
             yield world
@@ -179,6 +176,19 @@ def open_world(
         yield World(rank, size)
     finally:
         distributed.destroy_process_group()
+
+
+def stated_place(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """The rank of this process and how many there are, as torchrun **says**: a host may say anything.
+
+    Raises:
+        SettingError: not a place in a world.
+    """
+    given = os.environ if environment is None else environment
+    size, rank = _number(given, "WORLD_SIZE", 1), _number(given, "RANK", 0)
+    if size < 1 or not rank < size:
+        raise SettingError("not a place in a world", where="RANK, WORLD_SIZE", got=f"{rank} of {size}")
+    return rank, size
 
 
 @contextlib.contextmanager

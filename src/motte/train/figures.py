@@ -23,7 +23,7 @@ _DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
 
 def may_tell(settings: TrainSettings) -> bool:
     """Whether figures about the data may be shown to whoever watches this process."""
-    return settings.insecure_plaintext_log or not (settings.data_key is not None or inside_enclave())
+    return settings.insecure_plaintext_log or not (settings.private or inside_enclave())
 
 
 def check_record(settings: TrainSettings) -> None:
@@ -59,6 +59,9 @@ def document(settings: TrainSettings, result: TrainResult) -> dict[str, Any]:
         "privacy": result.spent.to_json(),
         "layers": [asdict(each) for each in result.layers],
         "checkpoint_release": result.release,
+        "broker": None
+        if settings.broker is None
+        else {"run": settings.broker.run.hex(), "charged": result.charged, "checkpoint": result.release},
         "stopped": result.stopped,
         "simulated": settings.scheme != "accelerator",
         "told": may_tell(settings),

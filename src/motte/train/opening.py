@@ -12,7 +12,7 @@ import numpy as np
 from motte.offload.settings import Asymmetric
 from motte.offload.words import noise_text, rank_text
 from motte.train.augment import Draws, order
-from motte.train.data import DataKeys, DataSet, Records, open_data
+from motte.train.data import DataKeys, DataSet, Records, ReleasedKeys, open_data
 from motte.train.distributed import World
 from motte.train.recipe import Recipe
 from motte.train.schemes import resolved_threads
@@ -59,16 +59,19 @@ class Subset:
 
 
 @contextmanager
-def open_training_data(settings: TrainSettings) -> Iterator[DataSet]:
+def open_training_data(settings: TrainSettings, released: ReleasedKeys | None = None) -> Iterator[DataSet]:
     """The data of a run, its subset taken; closed at the end of the block.
 
     For private data this process is hardened first: not dumpable, no core files, no new privileges.
 
+    Args:
+        released: of sealed data whose front was checked already; None: the keys of ``settings``.
+
     Raises:
         As :func:`motte.train.data.open_data`. ResourceError: the kernel refuses to harden this process.
     """
-    keys = None
-    if settings.data_key is not None and settings.data_signer is not None:
+    keys: DataKeys | ReleasedKeys | None = released
+    if keys is None and settings.data_key is not None and settings.data_signer is not None:
         harden()
         keys = DataKeys(settings.data_key, settings.data_signer, settings.data_min_release)
     with open_data(

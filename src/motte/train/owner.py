@@ -15,6 +15,7 @@ from motte.train.settings import TrainSettings
 
 _SIGNER_PURPOSE: Final = b"signer of training checkpoints and logs"
 _NOISE_PURPOSE: Final = b"noise key of a training run"
+_RUN_PURPOSE: Final = b"opener of what a training run under a key broker wrote"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,18 @@ class OwnerKeys:
 def derived_signer(opener: RecipientPrivateKey) -> SignerPrivateKey:
     """The signer that belongs to an opener for which none was given."""
     return SignerPrivateKey(primitives.derived_key(opener.secret, _SIGNER_PURPOSE))
+
+
+def run_keys(data_key: bytes, run: bytes) -> OwnerKeys:
+    """The keys of a run under a key broker: they follow from the data's first key, so that whoever can open the data,
+    and nobody else, can open and could have written what a run on it wrote.
+
+    Args:
+        data_key: of section 0 of the sealed data, 32 bytes.
+        run: the run's name at its broker, 16 bytes.
+    """
+    opener = RecipientPrivateKey(primitives.derived_key(data_key, _RUN_PURPOSE + run))
+    return OwnerKeys(opener, (), derived_signer(opener))
 
 
 def owner_keys(settings: TrainSettings) -> OwnerKeys | None:

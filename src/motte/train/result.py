@@ -55,6 +55,7 @@ class TrainResult:
         spent: the privacy that the run cost.
         stopped: the signal that stopped it before its end.
         release: of its last checkpoint; None: none was written.
+        charged: releases that its key broker has counted in all; None: no broker, or another process keeps the books.
     """
 
     model: nn.Module = field(repr=False)
@@ -77,6 +78,7 @@ class TrainResult:
     spent: Spent
     stopped: str | None
     release: int | None
+    charged: int | None = None
 
     @property
     def median_step_s(self) -> float | None:

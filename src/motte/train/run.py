@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from motte.errors import FormatError, MeasureError
 from motte.train.augment import Draws
+from motte.train.booked_checkpoint import BookedCheckpoints
+from motte.train.books import Charges
 from motte.train.checkpoint import CheckpointStore
 from motte.train.curves import Curve
 from motte.train.data import Batch, DataSet
@@ -57,12 +59,23 @@ class Run:
 
     Args:
         store: None: no checkpoints are written by this process.
+        charges: what may leave, as a key broker counts it; None: nobody does.
     """
 
     def __init__(
-        self, plan: RunPlan, data: DataSet, place: Placed, world: World, store: CheckpointStore | None, log: TrainLog
+        self,
+        plan: RunPlan,
+        data: DataSet,
+        place: Placed,
+        world: World,
+        store: CheckpointStore | BookedCheckpoints | None,
+        log: TrainLog,
+        charges: Charges | None = None,
     ) -> None:
         self.plan, self.data, self.place, self.world, self.store, self.log = plan, data, place, world, store, log
+        self._charges = charges
+        if charges is not None and place.session is not None:
+            charges.watch(place.session)
         recipe = plan.recipe
         self._optimizer = torch.optim.SGD(
             place.plain.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
@@ -125,6 +138,8 @@ class Run:
 
     def _train_step(self, batch: Batch) -> float:
         """One optimizer step; the mean loss of the whole batch, all processes together."""
+        if self._charges is not None and self.place.session is not None:
+            self._charges.begin_step(self.place.session, self._steps_left())
         images, labels = self._on_device(batch, noisy=True)
         logits = self._logits(self.place.training, images)
         total = functional.cross_entropy(logits, labels, reduction="sum")
@@ -170,6 +185,14 @@ class Run:
         if every is not None and step % every == 0:
             self._save(best=False)
         self._report("train", self._position.batch, batches, self._tally)
+
+    def _steps_left(self) -> int:
+        """Steps to the end of the run, the next one included."""
+        recipe, position = self.plan.recipe, self._position
+        an_epoch = max(1, len(self.data.train) // recipe.batch_size)
+        left = (recipe.epochs - position.epoch) * an_epoch - position.batch
+        limit = self.plan.settings.max_steps
+        return left if limit is None else min(left, limit - position.step)
 
     def _limit_reached(self) -> bool:
         limit = self.plan.settings.max_steps
@@ -327,6 +350,8 @@ class Run:
             # The first process's state; every other has its own noise key, named by the run.
             own_key = session.state().noise_key if self.world.rank else snapshot.session.noise_key
             session.restore(replace(snapshot.session, noise_key=own_key))
+            if self._charges is not None:
+                self._charges.watch(session)
         self._position, self._tally = snapshot.position, snapshot.tally
         self._history, self._best, self._saved = snapshot.history, snapshot.best, snapshot.position
 
@@ -377,6 +402,7 @@ class Run:
             spent=self._spent(),
             stopped=(self._wish.signal or "another process") if self._stopping else None,
             release=self._release,
+            charged=None if self._charges is None else self._charges.charged,
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -144,6 +145,19 @@ class _SealedPhotos:
         return self._store.read(int(self._offsets[place]), int(self._offsets[place + 1]))
 
 
+@dataclass(frozen=True, slots=True)
+class ReleasedKeys:
+    """What opens a sealed data file whose front was checked already. Secret.
+
+    Args:
+        signed: the file; closed with the data.
+        data_keys: one of 32 bytes for each section, from a key broker or unwrapped with a key of ours.
+    """
+
+    signed: SignedBundle
+    data_keys: tuple[bytes, ...] = field(repr=False)
+
+
 class SealedData:
     """An opened sealed data file. Holds keys and plaintext until closed.
 
@@ -217,3 +231,13 @@ def open_sealed(path: Path, keys: DataKeys, *, memory_bytes: int, image_size: in
     except BaseException:
         signed.close()
         raise
+
+
+def open_released(keys: ReleasedKeys, *, memory_bytes: int, image_size: int | None) -> SealedData:
+    """Open a file whose front was **verified** with the data keys that somebody gave us.
+
+    Raises:
+        BundleError: it holds something else than data (K-1). DecryptError: other keys than the file's.
+        KeyAccessError: not one key for each section.
+    """
+    return SealedData(keys.signed, keys.signed.unlock_with(keys.data_keys), memory_bytes, image_size)

@@ -29,7 +29,9 @@ from motte.offload.words import NOISE_FORM
 
 if TYPE_CHECKING:
     from motte.seal.keys import RecipientPrivateKey, RecipientPublicKey, SignerPrivateKey, SignerPublicKey
+    from motte.train.admission import BrokerRun
     from motte.train.attested_star import AttestedCollectives
+    from motte.train.meeting import Meeting
 
 SchemeName = Literal["asymmetric", "trusted", "accelerator", "lowrank", "residual"]
 SchedulerName = Literal["cos", "step"]
@@ -100,6 +102,10 @@ class TrainSettings:
         record: a file of records (docs/spec/records.md) to which the results are added.
         insecure_plaintext_collectives: gradients between trusted processes may cross the host's network unencrypted.
         attested_collectives: or how the trusted processes meet over attested channels.
+        broker: the key broker that gives the keys of sealed data and of checkpoints, against evidence, and counts what
+            is released; then no key is given here. Everything that decides what may leave must be what the owner of the
+            data signed (:mod:`motte.train.signed_terms`).
+        meeting: how the processes that the owner of the data signed meet, each proving itself to process 0.
 
     Raises:
         SettingError: a value out of range, or two that contradict each other.
@@ -157,11 +163,14 @@ class TrainSettings:
     record: Path | None = None
     insecure_plaintext_collectives: bool = False
     attested_collectives: AttestedCollectives | None = field(default=None, repr=False)
+    broker: BrokerRun | None = field(default=None, repr=False)
+    meeting: Meeting | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _one_of("scheme", self.scheme, SCHEMES)
         _one_of("evaluate", self.evaluate, get_args(Evaluation))
         _check_numbers(self)
+        _check_broker(self)
         _check_protection(self)
         _check_placement(self)
         _check_checkpoints(self)
@@ -169,13 +178,18 @@ class TrainSettings:
             raise SettingError("profile is written beside the log", where="profile", hint="give a log directory too")
         if self.profile and self.scheme != "asymmetric":
             raise SettingError("only split layers have a timeline", where="profile", got=f"scheme {self.scheme}")
-        if (self.data_key is None) != (self.data_signer is None):
+        if self.private != (self.data_signer is not None):
             raise SettingError(
                 "sealed data needs both the key that opens it and its signer", where="data_key, data_signer"
             )
-        if self.data_min_release and self.data_key is None:
+        if self.data_min_release and not self.private:
             raise SettingError("only sealed data has a release", where="data_min_release")
         self.offload_scheme()
+
+    @property
+    def private(self) -> bool:
+        """Whether the data is: the host must not see it."""
+        return self.data_key is not None or self.broker is not None
 
     def offload_scheme(self) -> Scheme | None:
         """The scheme for :func:`motte.offload.protect.protect`; None where the model stays as it is."""
@@ -252,7 +266,7 @@ def _check_protection(settings: TrainSettings) -> None:
         names = ("residual_dtype", "integrity", "offload_layers", "evaluate", "delta")
         _keep_default(settings, names, "only the scheme asymmetric takes it")
 
-    if settings.evaluate == "split" and settings.data_key is not None:
+    if settings.evaluate == "split" and settings.private:
         raise SettingError(
             "private test records would be released anew in every epoch, which no accounting counts",
             where="evaluate",
@@ -311,13 +325,44 @@ def _check_checkpoints(settings: TrainSettings) -> None:
             where="insecure_plaintext_checkpoint",
             hint="motte keys new NAME --kind recipient, and seal checkpoints to it",
         )
-    opener = settings.checkpoint_key or settings.data_key
-    if settings.checkpoint_dir is not None and not settings.insecure_plaintext_checkpoint and opener is None:
+    keyless = settings.checkpoint_key is None and not settings.private
+    if settings.checkpoint_dir is not None and not settings.insecure_plaintext_checkpoint and keyless:
         raise SettingError(
             "checkpoints need a key, to which they are sealed",
             where="checkpoint_key",
             hint="motte keys new NAME --kind recipient makes one; for public data and without noise there is "
             "--insecure-plaintext-checkpoint",
+        )
+
+
+_BROKER_INSTEAD: Final = {
+    "data_key": "the broker gives the keys of the data",
+    "checkpoint_key": "the broker gives the keys of checkpoints",
+    "checkpoint_recipients": "what the run writes is sealed to who can open the data, and to nobody whom a host names",
+    "checkpoint_signer": "what the run writes is signed by a key that follows from the keys of the data",
+    "min_release": "the broker says which checkpoint is the newest",
+    "insecure_plaintext_checkpoint": "no host decides that private data lies open",
+    "insecure_plaintext_log": "no host decides that private data lies open",
+    "insecure_plaintext_collectives": "no host decides that private data lies open",
+}
+"""Settings that a run under a key broker does not take, and why."""
+
+
+def _check_broker(settings: TrainSettings) -> None:
+    if settings.meeting is not None and (settings.insecure_plaintext_collectives or settings.attested_collectives):
+        raise SettingError("processes meet in one way", where="meeting", got="another one too")
+    if settings.meeting is not None and not settings.private:
+        raise SettingError("only sealed data names the processes of its runs", where="meeting", got=settings.data)
+    if settings.broker is None:
+        return
+    for name, why in _BROKER_INSTEAD.items():
+        if getattr(settings, name):
+            raise SettingError(f"under a key broker {why}", where=name, hint="leave it out")
+    if settings.attested_collectives is not None:
+        raise SettingError("the processes are those that the owner of the data signed", where="attested_collectives")
+    if not settings.data.startswith("sealed:"):
+        raise SettingError(
+            "a broker holds keys of sealed data", where="data", expected="sealed:FILE", got=settings.data
         )
 
 

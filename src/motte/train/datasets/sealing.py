@@ -27,6 +27,7 @@ from motte.train.datasets.sealed_layout import (
 )
 
 if TYPE_CHECKING:
+    from motte.seal.run_terms import RunTerms
     from motte.train.data import DataSet
 
 
@@ -100,6 +101,7 @@ def seal_data(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
+    run: RunTerms | None = None,
 ) -> SealReport:
     """Write ``data`` sealed to ``path``: both splits, labels, class names and normalisation, nothing of them in clear.
 
@@ -109,6 +111,8 @@ def seal_data(
     Args:
         release: higher than that of every file of this data handed out before; recipients demand a minimum.
         shard_bytes: bytes of a part of records, a multiple of 1 MiB.
+        run: the terms of every run on it (:func:`motte.train.signed_terms.training_terms`); None: none are signed, and
+            no key broker can give its keys.
 
     Raises:
         SettingError, InputError: an argument out of bounds, data that is sealed already or resized, ``path`` exists, or
@@ -158,6 +162,7 @@ def seal_data(
         threads=threads,
         overwrite=overwrite,
         progress=progress,
+        run=run,
     )
 
 

@@ -72,11 +72,12 @@ class ReleaseOptions:
         ),
     ] = None
     evidence: Annotated[
-        Literal["simulated", "tpm"] | None,
+        Literal["simulated", "tpm", "tdx", "snp", "sgx"] | None,
         typer.Option(
             "--evidence",
             rich_help_panel=_KEYS,
-            help="process: what of this machine speaks for the worker. Enclaves have evidence of their own.",
+            help="process: what of this machine speaks for the worker; tdx, snp: the guest in which all of this runs;"
+            " sgx: the enclave. Workers in enclaves have evidence of their own.",
         ),
     ] = None
     verify: Annotated[
@@ -161,6 +162,18 @@ class ReleaseOptions:
 
             device, handle = tpm.open(), tpm.at()
             return lambda report_data: platform.issue(report_data, tpm=device, handle=handle)
+        if self.evidence == "tdx":
+            from motte.attest.platforms import tdx
+
+            return tdx.issue
+        if self.evidence == "snp":
+            from motte.attest.platforms import snp
+
+            return snp.issue
+        if self.evidence == "sgx":
+            from motte.attest.platforms import sgx
+
+            return sgx.issue
         return None
 
 

@@ -44,8 +44,13 @@ class AdmissionOptions:
         ),
     ] = None
     evidence: Annotated[
-        Literal["simulated", "tpm"] | None,
-        typer.Option("--evidence", rich_help_panel=_BROKER, help="What of this machine speaks for this process."),
+        Literal["simulated", "tpm", "tdx", "snp", "sgx"] | None,
+        typer.Option(
+            "--evidence",
+            rich_help_panel=_BROKER,
+            help="What speaks for this process: this machine (simulated, tpm), the guest (tdx, snp) or the enclave"
+            " (sgx) that it runs in.",
+        ),
     ] = None
     simulated_key: Annotated[
         Path | None,
@@ -88,7 +93,7 @@ class AdmissionOptions:
         asked = ReleaseOptions(None, self.broker, self.evidence, self.verify, self.simulated_key)
         issue = asked.issuer(tpm)
         if issue is None and (self.broker is not None or self.verify is not None):
-            raise SettingError("this process has to prove itself", expected="--evidence simulated, or --evidence tpm")
+            raise SettingError("this process has to prove itself", expected="--evidence, such as tpm")
         return {"broker": self._broker(issue), "meeting": self._meeting(asked, given, issue)}
 
     def _broker(self, issue: Callable[[bytes], Evidence] | None) -> BrokerRun | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -247,6 +248,20 @@ def test_what_the_verifier_demands(worker: Worker) -> None:
         evidence = trusted.issue(worker.binding.report_data(), **change)
         value = encode_shown(Shown(evidence, worker.binding))
         assert worker.check_of(certificate(worker.key, value)) == check
+
+
+def test_evidence_has_one_encoding(worker: Worker) -> None:
+    evidence = decode_shown(worker.value).evidence
+    fields = json.loads(evidence.encode())
+    turned = {name: fields[name] for name in sorted(fields, reverse=True)}
+    other = json.dumps(turned, separators=(",", ":")).encode()
+    assert Evidence.decode(other) == evidence
+    tagged = decode(worker.value, what="evidence extension", check="X-5")
+    assert isinstance(tagged, Tagged)
+    assert isinstance(tagged.value, tuple)
+    with pytest.raises(EvidenceError, match="another encoding") as caught:
+        decode_shown(encode(Tagged(tagged.tag, (other, tagged.value[1]))))
+    assert caught.value.check == "X-5"
 
 
 @given(st.integers(0, 1 << 20), st.integers(1, 255))

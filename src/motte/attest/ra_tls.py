@@ -131,6 +131,9 @@ def decode_shown(data: bytes) -> Shown:
         evidence = _of_quote(raw)
     else:
         evidence = Evidence.decode(raw)
+        if evidence.encode() != raw:
+            # Strict JSON knows more than one order of fields, and more than one spelling of a text.
+            raise _wrong("evidence in another encoding than its own", "canonical JSON")
         if _bare_quote(evidence) is not None:
             raise _wrong("a bare quote in the form for other evidence", f"tag {QUOTE_TAG}")
     return Shown(evidence, _read_claims(claims))

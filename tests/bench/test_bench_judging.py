@@ -63,6 +63,10 @@ def test_a_slower_case_fails_and_a_faster_one_passes() -> None:
     assert not found.passed
     assert [each.mode for each in found.added] == ["streamed"]
     assert compare_runs(old, new, bound=1.3).passed
+    # The ratios over native, 1.0 and 1.2 with a tenth to each side, overlap.
+    assert (found.overlapping, found.overlap_of) == (1, 1)
+    far = results([result("native", [1.0] * 5), result("resident", [1.3] * 5)])
+    assert (compare_runs(old, far).overlapping, compare_runs(old, far).overlap_of) == (0, 1)
 
 
 def test_a_missing_case_fails_with_its_reason() -> None:

@@ -39,11 +39,17 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``added``: cases that only the newer run has; no bound is on them."""
+    """``added``: cases that only the newer run has; no bound is on them.
+
+    ``overlapping`` of the ``overlap_of`` cases that have a ratio over their native case in both runs have it with
+    intervals that overlap: what made the whole machine slower in between is not in these ratios.
+    """
 
     rows: tuple[Compared, ...]
     added: tuple[Case, ...]
     bound: float
+    overlapping: int
+    overlap_of: int
 
     @property
     def passed(self) -> bool:
@@ -84,7 +90,15 @@ def compare_runs(old: Results, new: Results, *, bound: float = DEFAULT_BOUND, se
         for result, outcome in zip(old.cases, gate.check(ratios, missing=missing), strict=True)
     )
     known = {result.case for result in old.cases}
-    return Comparison(rows, tuple(case for case in later if case not in known), bound)
+    pairs = [(result.ratio, later[result.case].ratio) for result in old.cases if result.case in later]
+    both = [(before, after) for before, after in pairs if before is not None and after is not None]
+    return Comparison(
+        rows,
+        tuple(case for case in later if case not in known),
+        bound,
+        overlapping=sum(before.low <= after.high and after.low <= before.high for before, after in both),
+        overlap_of=len(both),
+    )
 
 
 def median_ratio(name: str, new: Sequence[float], old: Sequence[float], *, seed: int = 0) -> Ratio | None:

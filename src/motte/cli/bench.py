@@ -361,11 +361,17 @@ def _compared(out: Output, results: OutOptions, *, given: bool) -> bool:
             for row in found.rows
         ],
         "added": [str(case) for case in found.added],
+        "overlapping": found.overlapping,
+        "overlap_of": found.overlap_of,
     }
     columns = (Column("case"), Column("ratio", number=True), Column("interval", number=True), Column("verdict"))
     title = f"median of NEW over median of OLD; at most {found.bound:g}"
     shown: list[Any] = [table(columns, rows, title=title)]
     shown += [Line(f"new, and not compared: {case}") for case in found.added]
+    if found.overlap_of:
+        shown.append(
+            Line(f"ratios over native: the intervals of {found.overlapping} of {found.overlap_of} cases overlap")
+        )
     out.result(document, *shown)
     if not found.passed:
         failed = sum(not row.passed for row in found.rows)

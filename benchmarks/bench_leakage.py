@@ -154,14 +154,15 @@ TABLES: Mapping[str, Callable[[], Iterator[str]]] = {
 
 
 def main() -> None:
-    """Print the table that the command line names."""
-    if len(sys.argv) != 2 or sys.argv[1] not in TABLES:
-        raise SystemExit(f"one of: {', '.join(TABLES)}")
+    """Print the tables that the command line names; all of them where it names none."""
+    if unknown := set(sys.argv[1:]) - set(TABLES):
+        raise SystemExit(f"error: no such table: {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     torch.set_num_threads(1)
     with unspoken():
-        for line in TABLES[sys.argv[1]]():
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+        for name in sys.argv[1:] or TABLES:
+            for line in TABLES[name]():
+                sys.stdout.write(f"{name}: {line}\n")
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -90,14 +90,13 @@ def _median(run: Callable[[], object], runs: int) -> float:
 def main() -> None:
     """Print the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("split", "link"))
+    parser.add_argument("what", nargs="?", choices=("split", "link"), help="both if not given")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--runs", type=int, default=0)
     options = parser.parse_args()
-    if options.what == "split":
-        print(f"{split(options.batch, options.runs or 40):.3f} ms")
-    else:
-        print(f"{link(options.runs or 400):.3f} ms")
+    for what in ("split", "link") if options.what is None else (options.what,):
+        took = link(options.runs or 400) if what == "link" else split(options.batch, options.runs or 40)
+        print(f"{what}: {took:.3f} ms")
 
 
 if __name__ == "__main__":

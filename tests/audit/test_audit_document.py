@@ -234,6 +234,11 @@ def test_what_is_not_claimed_is_judged_by_the_attacks() -> None:
     delta = finding(0.95, attack="weight-delta")
     assert verdicts(schemes=schemes, findings=[delta])[broken].verdict == "held"
     assert verdicts(schemes=schemes, findings=[finding(0.2, attack="weight-delta")])[broken].verdict == "not held"
+    labels = "F, broken: labels"
+    told, untold = finding(0.9, attack="label recovery"), finding(0.05, attack="label recovery")
+    assert verdicts(schemes=schemes, findings=[told])[labels].verdict == "held"
+    assert verdicts(schemes=schemes, findings=[untold])[labels].verdict == "not tested"
+    assert verdicts(schemes=noised, findings=[told])[labels].verdict == "not tested"
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

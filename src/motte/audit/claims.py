@@ -88,6 +88,7 @@ CLAIMS: Final[Mapping[str, str]] = {
     "H14": "the signed terms bind which layers run on a confidential GPU, and which measurements of it are good",
     "H15": "a kind of worker that has no evidence says so",
     "F, broken: training without noise": "without noise a training step gives away what stayed inside",
+    "F, broken: labels": "without noise on gradients a training gives labels away, also with the last layer inside",
     "F, not claimed: residuals without noise": "a residual without noise hides the input",
 }
 """Every claim in the words of a line; the tests compare the numbers with THREAT_MODEL.md."""
@@ -216,6 +217,18 @@ def _training_broken(evidence: Evidence) -> Decision | None:
     return ("held" if reached >= _NEARLY_ALL else "not held"), said
 
 
+def _labels_broken(evidence: Evidence) -> Decision | None:
+    """Held (it is as bad as it is said to be) where labels are surely recovered without noise; says nothing where they
+    are not: of a trained model few records do not show it."""
+    quiet = {each.audited for each in evidence.schemes if each.kind == "asymmetric" and not each.noised}
+    found = [each for each in evidence.findings if each.attack.startswith("label") and each.audited in quiet]
+    surely = [each for each in found if each.powerful and each.above_floor]
+    if not surely:
+        return None
+    best = max(surely, key=lambda each: each.position_percent or 0.0)
+    return "held", f"{best.attack} came to {best.position_percent:.0f} % of its ceiling in {best.metric}"
+
+
 def _plain_residuals(evidence: Evidence) -> Decision | None:
     """Not held where any reconstruction from a residual without noise is surely better than from nothing."""
     quiet = {each.audited for each in evidence.schemes if each.kind == "asymmetric" and not each.noised}
@@ -240,5 +253,6 @@ _RULES: Final[Mapping[str, Rule]] = {
     "F4": _ends_inside,
     "F8": _epsilon_bounds,
     "F, broken: training without noise": _training_broken,
+    "F, broken: labels": _labels_broken,
     "F, not claimed: residuals without noise": _plain_residuals,
 }

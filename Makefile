@@ -6,7 +6,7 @@
 #   make test     every test that this machine can run      (PYTEST_ARGS="-k measure -x" narrows it)
 #   make lint     ruff check, ruff format --check, mypy --strict
 #   make fmt      let ruff fix and format
-#   make bench    every benchmarks/bench_*.py, one after the other, in its standard form
+#   make bench    every benchmarks/bench_*.py, one after the other, in its standard form; their page: out/benchmarks.md
 #   make clean    remove .venv and caches
 #
 # PYTHON=python3.12        the interpreter that .venv is made from (3.11 or newer)
@@ -62,10 +62,7 @@ fmt: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for script in benchmarks/bench_*.py; do \
-	  test -e "$$script" || { echo 'error: there is no benchmarks/bench_*.py'; exit 1; }; \
-	  echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
-	done
+	$(BIN)/python scripts/run_benchmarks.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/motte.egg-info

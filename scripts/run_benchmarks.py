@@ -62,7 +62,7 @@ def page(done: list[Ran]) -> str:
         "# Benchmarks of this machine",
         "",
         f"Made {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} by `make bench`: {len(os.sched_getaffinity(0))} cores, {told}.",
-        "What each figure means, and against what it was measured, stands in docs/benchmarks.md under the same command.",
+        "What each means, and against what it was measured, stands in docs/benchmarks.md under the same command.",
         "SIMULATED: the enclave kind is `process`, without hardware protection and without its cost.",
     ]
     for each in done:

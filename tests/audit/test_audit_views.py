@@ -25,7 +25,7 @@ from motte.audit.views import (
     local,
     pipeline_of,
 )
-from motte.errors import FormatError, SettingError
+from motte.errors import FormatError, ResourceError, SettingError
 from motte.link.recording import RecordedFrame, Recording
 from motte.offload.settings import Asymmetric, Fixed, Gaussian, Mechanism
 
@@ -158,6 +158,17 @@ def test_a_victim_is_never_changed_and_noise_is_fresh(bars: Any) -> None:
     noised = pipeline(bars, Asymmetric(noise=noise, rank=Fixed(2)), Position.SCHEME)
     first, second = (noised.observe(IMAGES).batch("3") for _ in range(2))
     assert not torch.equal(first, second)
+
+
+def test_a_recording_takes_a_part_of_the_memory_that_is_left(bars: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pipeline(bars, None, Position.CEILING)
+    room = [1 << 30]
+    monkeypatch.setattr("motte.audit.views.available_bytes", lambda: room[0])
+    found.observe(IMAGES, LABELS)
+    room[0] = 4 * 1000
+    with pytest.raises(ResourceError, match="recording is full") as caught:
+        found.observe(IMAGES, LABELS)
+    assert "1000 bytes" in str(caught.value.expected)
 
 
 def test_what_is_not_wanted_is_not_kept(bars: Any) -> None:

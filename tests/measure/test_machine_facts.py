@@ -15,7 +15,7 @@ import pytest
 from motte.errors import ResourceError
 from motte.limits import MIB
 from motte.measure.machine import cpu_info, examine_machine, memory_info
-from motte.measure.memory import peak_rss_bytes, read_memory, reset_peak
+from motte.measure.memory import available_bytes, peak_rss_bytes, read_memory, reset_peak
 
 X86 = """processor\t: {n}
 model name\t: Example CPU @ 2.50GHz
@@ -48,6 +48,15 @@ def test_an_x86_machine_with_two_threads_a_core(tmp_path: Path) -> None:
     assert machine.governor == "performance"
     assert machine.virtual
     assert cpu_info(tmp_path).flags == {"fpu", "aes", "avx512f", "hypervisor"}, "only what every processor has"
+
+
+def test_memory_that_may_be_taken(tmp_path: Path) -> None:
+    plant(tmp_path, "meminfo", "MemTotal:  1024 kB\nMemAvailable:  512 kB\n")
+    assert available_bytes(tmp_path / "meminfo") == 512 * 1024
+    plant(tmp_path, "meminfo", "MemTotal:  1024 kB\n")
+    for place in (tmp_path / "meminfo", tmp_path / "nothing"):
+        with pytest.raises(ResourceError):
+            available_bytes(place)
 
 
 def test_an_arm_machine(tmp_path: Path) -> None:

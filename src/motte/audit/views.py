@@ -23,8 +23,10 @@ from motte.audit.decode import Decoded, decode
 from motte.audit.everything import telling
 from motte.audit.interface import Phase, Position, View
 from motte.errors import IntegrityError, SettingError
+from motte.limits import GIB
 from motte.link.calls import Op
 from motte.link.recording import RecordedFrame, Recording
+from motte.measure.memory import available_bytes
 from motte.offload.modules import can_split
 from motte.offload.protect import parametrised, protect
 from motte.offload.settings import Asymmetric, Fixed
@@ -38,6 +40,8 @@ LEARNING_RATE: Final = 0.05
 _BATCH: Final = 64
 """Samples of one forward pass at inference."""
 _DEFAULT_STEPS: Final = 2
+_MOST_BYTES: Final = 4 * GIB
+"""Of one recording."""
 
 Link = Callable[["Recorder"], AbstractContextManager[Accelerator]]
 """Starts an accelerator whose frames the recorder sees, for the length of a ``with`` block."""
@@ -301,7 +305,8 @@ class _Kept(Recording):
     """A recording without the layers and answers that nobody wants to look at."""
 
     def __init__(self, layers: Collection[str] | None, answers: bool) -> None:
-        super().__init__()
+        # What is recorded is decoded beside it, and kept: half of what is left now is for both.
+        super().__init__(max_bytes=min(_MOST_BYTES, available_bytes() // 4))
         self._layers = None if layers is None else frozenset(layers)
         self._answers = answers
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from motte.bench.accuracy import accuracy, why_no_accuracy
@@ -23,7 +22,8 @@ from motte.bench.tracing import Traced, Tracer
 from motte.capture.graph import Graph
 from motte.capture.signature import Signature
 from motte.errors import MotteError, ResourceError, SettingError, UnsupportedError
-from motte.limits import KIB, MIB
+from motte.limits import MIB
+from motte.measure.memory import available_bytes
 from motte.measure.record import Digests
 from motte.plan.offload import OffloadPlan
 from motte.split.oracle import weights_of
@@ -277,18 +277,3 @@ def _groups(cases: Sequence[Case], weight_bytes: int) -> list[list[Case]]:
     each = int(weight_bytes * _COPIES) + _PROCESS_BYTES
     room = max(1, int(available_bytes() * _SHARE_OF_MEMORY) // each - 1)
     return [list(cases[start : start + room]) for start in range(0, len(cases), room)]
-
-
-def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Memory that new processes may take without swapping.
-
-    Raises:
-        ResourceError: the kernel does not say.
-    """
-    try:
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * KIB
-    except (OSError, ValueError) as problem:
-        raise ResourceError("the free memory cannot be read", where=str(meminfo), got=str(problem)) from problem
-    raise ResourceError("the free memory cannot be read", where=str(meminfo), expected="MemAvailable")

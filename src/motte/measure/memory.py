@@ -108,6 +108,21 @@ def proportional_bytes(place: Path) -> int | None:
         return None
 
 
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Memory that new processes may take without swapping.
+
+    Raises:
+        ResourceError: the kernel does not say.
+    """
+    try:
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * KIB
+    except (OSError, ValueError) as problem:
+        raise ResourceError("the free memory cannot be read", where=str(meminfo), got=str(problem)) from problem
+    raise ResourceError("the free memory cannot be read", where=str(meminfo), expected="MemAvailable")
+
+
 def _sizes(text: str) -> dict[str, int]:
     found = {}
     for line in text.splitlines():

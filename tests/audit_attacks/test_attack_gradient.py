@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from motte.audit.attacks.first_step import seen_in_first_steps
 from motte.audit.attacks.gradient_leakage import (
     GradientLeakage,
     Target,
@@ -21,6 +22,7 @@ from motte.audit.attacks.labels import (
     LabelRecovery,
     labels_of_softmax_gradient,
     labels_of_weight_gradient,
+    last_with_gradient,
 )
 from motte.audit.attacks.reconstruction import architecture_of
 from motte.audit.attacks.registry import ATTACKS, load
@@ -195,6 +197,31 @@ def test_a_model_that_has_learnt_nothing_tells_labels_by_a_layer_in_the_middle_u
     assert recovered(None) > 0.9
     assert recovered(Gaussian(residual=some)) > 0.9, "noise on residuals hides no gradient"
     assert recovered(Gaussian(residual=some, gradient=some)) < 0.4
+
+
+def test_groups_see_what_one_step_over_all_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = digits(10)
+    pipeline = pipeline_of(
+        None,
+        everything_leaves=True,
+        position=Position.CEILING,
+        model=smooth_net().eval(),
+        audited="for a test",
+        input_shape=(1, 8, 8),
+        classes=CLASSES,
+    )
+    public = PublicData(images, labels, (0.0,), (1.0,), pipeline)
+    seen = {}
+    for group in (100, 4):
+        monkeypatch.setattr("motte.audit.attacks.first_step.GROUP", group)
+        seen[group] = seen_in_first_steps(public, images, labels, last_with_gradient, "gradient", seed=0)
+    whole, parts = seen[100], seen[4]
+    assert whole is not None
+    assert parts is not None
+    assert (whole.layer, whole.classes) == (parts.layer, parts.classes) == ("5", CLASSES)
+    # The loss is the mean over a step's records, so that a gradient's length differs, and its direction does not.
+    assert torch.allclose(*(nn.functional.normalize(each.values, dim=1) for each in (whole, parts)), atol=1e-5)
+    assert seen_in_first_steps(public, images, labels, lambda _view: None, "gradient", seed=0) is None
 
 
 def test_what_the_view_holds_is_the_gradient_of_the_step() -> None:

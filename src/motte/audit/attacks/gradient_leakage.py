@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from motte.audit.attacks.decoder import Decoder, train_decoder
+from motte.audit.attacks.first_step import seen_in_first_steps
 from motte.audit.attacks.labels import labels_of_softmax_gradient, labels_of_weight_gradient
 from motte.audit.attacks.optimisation import total_variation
 from motte.audit.attacks.reconstruction import (
@@ -260,12 +261,12 @@ class GradientLeakage:
         if not self._from_residual:
             return
         images, labels = (each[: context.budget.public_samples] for each in (public.images, public.labels))
-        # One step over all: every record is met by the weights of the beginning.
-        view = public.pipeline.observe(images, labels, seed=context.seed, steps=1, answers=False)
-        layer = next(iter(view.layers), None)
-        seen = None if layer is None else view.batch(layer)
-        if layer is not None and seen is not None:
-            self._decoder = (layer, train_decoder(seen, public.pixels(images), context, purpose=f"{layer} start"))
+        first = seen_in_first_steps(
+            public, images, labels, lambda view: next(iter(view.layers), None), "activation", seed=context.seed
+        )
+        if first is not None:
+            told = f"{first.layer} start"
+            self._decoder = (first.layer, train_decoder(first.values, public.pixels(images), context, purpose=told))
 
     def attack(self, view: View, context: Context) -> Result:
         """See :class:`motte.audit.interface.Attack`.

@@ -16,6 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from motte.audit.attacks.first_step import seen_in_first_steps
 from motte.audit.interface import (
     Attack,
     Context,
@@ -120,11 +121,9 @@ class LabelRecovery:
         """Learn from the gradients of labelled public records."""
         images, labels = (each[: context.budget.public_samples] for each in (public.images, public.labels))
         self._commonest = int(labels.bincount().argmax())
-        view = public.pipeline.observe(images, labels, seed=context.seed, steps=1, answers=False)
-        layer = last_with_gradient(view)
-        gradients = None if layer is None else view.batch(layer, "gradient")
-        if layer is not None and gradients is not None:
-            self._learnt = (layer, GradientClassifier(gradients, labels[: len(gradients)], view.classes))
+        seen = seen_in_first_steps(public, images, labels, last_with_gradient, "gradient", seed=context.seed)
+        if seen is not None:
+            self._learnt = (seen.layer, GradientClassifier(seen.values, labels[: len(seen.values)], seen.classes))
 
     def attack(self, view: View, context: Context) -> Result:
         """See :class:`motte.audit.interface.Attack`.

@@ -168,7 +168,8 @@ def test_a_recording_takes_a_part_of_the_memory_that_is_left(bars: Any, monkeypa
     room[0] = 4 * 1000
     with pytest.raises(ResourceError, match="recording is full") as caught:
         found.observe(IMAGES, LABELS)
-    assert "1000 bytes" in str(caught.value.expected)
+    assert "500 bytes" in str(caught.value.expected)
+    assert "smaller model" in str(caught.value.hint)
 
 
 def test_what_is_not_wanted_is_not_kept(bars: Any) -> None:

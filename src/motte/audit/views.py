@@ -22,7 +22,7 @@ from motte.accelerator.interface import Accelerator
 from motte.audit.decode import Decoded, decode
 from motte.audit.everything import telling
 from motte.audit.interface import Phase, Position, View
-from motte.errors import IntegrityError, SettingError
+from motte.errors import IntegrityError, ResourceError, SettingError
 from motte.limits import GIB
 from motte.link.calls import Op
 from motte.link.recording import RecordedFrame, Recording
@@ -305,8 +305,8 @@ class _Kept(Recording):
     """A recording without the layers and answers that nobody wants to look at."""
 
     def __init__(self, layers: Collection[str] | None, answers: bool) -> None:
-        # What is recorded is decoded beside it, and kept: half of what is left now is for both.
-        super().__init__(max_bytes=min(_MOST_BYTES, available_bytes() // 4))
+        # What is recorded is decoded beside it and kept, with copies of the weights, for every scheme and phase.
+        super().__init__(max_bytes=min(_MOST_BYTES, available_bytes() // 8))
         self._layers = None if layers is None else frozenset(layers)
         self._answers = answers
 
@@ -316,7 +316,11 @@ class _Kept(Recording):
             return
         if not self._answers and frame.op is Op.ANSWER:
             return
-        super().record(frame)
+        try:
+            super().record(frame)
+        except ResourceError as problem:
+            problem.hint = "audit a smaller model, or this one on a machine with more free memory"
+            raise
 
 
 class _Liar(InProcessAccelerator):

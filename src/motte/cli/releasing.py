@@ -162,19 +162,12 @@ class ReleaseOptions:
 
             device, handle = tpm.open(), tpm.at()
             return lambda report_data: platform.issue(report_data, tpm=device, handle=handle)
-        if self.evidence == "tdx":
-            from motte.attest.platforms import tdx
+        if self.evidence is None:
+            return None
+        from motte.attest.platforms import sgx, snp, tdx
 
-            return tdx.issue
-        if self.evidence == "snp":
-            from motte.attest.platforms import snp
-
-            return snp.issue
-        if self.evidence == "sgx":
-            from motte.attest.platforms import sgx
-
-            return sgx.issue
-        return None
+        issuers: dict[str, Callable[[bytes], Evidence]] = {"tdx": tdx.issue, "snp": snp.issue, "sgx": sgx.issue}
+        return issuers[self.evidence]
 
 
 @dataclass(frozen=True, slots=True)
